@@ -1,0 +1,112 @@
+// augment_views: parameters, and what happens to one pixel (host and device).
+#pragma once
+
+#include <cmath>
+
+#include "common.h"
+
+namespace spd {
+
+// One row of the parameter table. The columns are those of spd_fast/views.py; integers are exact in
+// float up to 2^24, which is more than any image side.
+struct ViewParams {
+    float source;  // -1: the decoded image; k: view k of the same image, before normalisation
+    float crop_top, crop_left, crop_height, crop_width;  // pixels of the source
+    float flip;
+    float jitter_order, brightness, contrast, saturation, hue;
+    float grayscale;
+    float blur_sigma;
+    float patch_kind;                                        // a PatchKind
+    float patch_top, patch_left, patch_height, patch_width;  // pixels of the view
+    float target_top, target_left;
+    float patch_jitter_order, patch_brightness, patch_contrast, patch_saturation, patch_hue;
+    float alpha_sigma_y, alpha_sigma_x;
+};
+constexpr int view_columns = 27;
+static_assert(sizeof(ViewParams) == view_columns * sizeof(float), "one float per column");
+
+enum PatchKind { no_patch = 0, smooth_blend = 1, cut_paste = 2 };
+
+struct AugmentArgs {
+    const uint8_t* const* buffers;  // flat RGB pixels
+    const int64_t* layout;          // (images, 4): buffer, offset, height, width
+    const ViewParams* params;       // (images, views)
+    int64_t images;
+    int views;
+    void* out;  // (views, images, 3, height, width)
+    DType dtype;
+    int64_t stride[5];  // of out, in elements
+    int height, width;
+    float scale[3], shift[3];  // stored value = view * scale + shift, per channel
+};
+
+// All views of one image; the images of a batch are independent of each other.
+#define SPD_DECLARE_AUGMENT(isa)                                \
+    namespace isa {                                             \
+    void augment_image(const AugmentArgs& args, int64_t image); \
+    }
+
+// ------------------------------------------------------------------------------------ one pixel
+
+struct Rgb {
+    float r, g, b;
+};
+
+SPD_HD static inline float gray(float r, float g, float b) {
+    return 0.2989f * r + 0.587f * g + 0.114f * b;
+}
+
+SPD_HD static inline float adjust_brightness(float v, float factor) { return clamp01(v * factor); }
+
+// rest = (1 - factor) * the mean gray of the image
+SPD_HD static inline float adjust_contrast(float v, float factor, float rest) {
+    return clamp01(factor * v + rest);
+}
+
+SPD_HD static inline Rgb adjust_saturation(Rgb p, float factor) {
+    const float rest = (1 - factor) * gray(p.r, p.g, p.b);
+    return {clamp01(factor * p.r + rest), clamp01(factor * p.g + rest),
+            clamp01(factor * p.b + rest)};
+}
+
+// Turns the hue by `sixths` sixths of a circle, 0 <= sixths < 6. HSV without its divisions: with
+// chroma c = max - min, h = 6 * hue * c runs through [0, 6c), and each channel is the minimum plus
+// a trapezoid in h.
+SPD_HD static inline Rgb adjust_hue(Rgb p, float sixths) {
+    const float high = max2(p.r, max2(p.g, p.b)), low = min2(p.r, min2(p.g, p.b));
+    const float c = high - low;
+    const float if_red = p.g - p.b, if_green = 2 * c + (p.b - p.r), if_blue = 4 * c + (p.r - p.g);
+    float h = high == p.r ? if_red : (high == p.g ? if_green : if_blue);  // in [-c, 5c]
+    h += sixths * c;
+    h = h < 0 ? h + 6 * c : h;
+    h = h >= 6 * c ? h - 6 * c : h;
+    const float r = fabsf(h - 3 * c) - c, g = 2 * c - fabsf(h - 2 * c),
+                b = 2 * c - fabsf(h - 4 * c);
+    return {low + min2(max2(r, 0.f), c), low + min2(max2(g, 0.f), c), low + min2(max2(b, 0.f), c)};
+}
+
+// Which adjustment stands at place `step` of jitter order 0..23, the permutations of {0 brightness,
+// 1 contrast, 2 saturation, 3 hue} in lexicographic order.
+SPD_HD static inline int jitter_op(int order, int step) {
+    int used = 0, count = 6, op = 0;
+    for (int s = 0; s <= step; ++s) {
+        int skip = order / count;
+        order %= count;
+        count = s < 3 ? count / (3 - s) : 1;
+        for (op = 0; used >> op & 1 || skip-- > 0;) ++op;
+        used |= 1 << op;
+    }
+    return op;
+}
+
+// Weight of tap k (-radius..radius) is this over the sum of all taps.
+SPD_HD static inline float gaussian_tap(int k, float sigma) {
+    const float z = k / sigma;
+    return expf(-0.5f * z * z);
+}
+
+// The odd kernel nearest a tenth of the height: 23 taps at 224.
+SPD_HD static inline int blur_radius(int height) { return height / 20; }
+SPD_HD static inline int alpha_radius(float sigma) { return int(ceilf(4 * sigma)); }
+
+}  // namespace spd

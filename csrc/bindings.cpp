@@ -1,0 +1,354 @@
+// The Python module spd_fast._C: numpy arrays in, arrays written in place. It checks whatever could
+// make the kernels read or write out of bounds, releases the GIL, and spreads the items over
+// threads.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "augment_views.h"
+#include "mahalanobis.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+
+namespace spd {
+
+// ------------------------------------------------------------------------------ instruction sets
+
+struct Kernels {
+    const char* name;
+    bool supported;
+    void (*augment_image)(const AugmentArgs&, int64_t);
+    void (*mahalanobis)(const MahalanobisArgs&, int64_t, int64_t);
+    void (*gaussian_update)(const GaussianUpdateArgs&, int64_t, int64_t);
+    int64_t (*gaussian_factor)(const GaussianFactorArgs&, int64_t, int64_t);
+};
+
+#define SPD_DECLARE(isa) SPD_DECLARE_AUGMENT(isa) SPD_DECLARE_GAUSSIAN(isa)
+#define SPD_KERNELS(isa, name, supported) \
+    {name,                                \
+     supported,                           \
+     isa::augment_image,                  \
+     isa::mahalanobis,                    \
+     isa::gaussian_update,                \
+     isa::gaussian_factor}
+
+#ifdef SPD_HAVE_v2
+SPD_DECLARE(v2)
+SPD_DECLARE(v3)
+SPD_DECLARE(v4)
+
+static bool has_v2() {
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
+}
+static bool has_v3() {
+    return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
+}
+static bool has_v4() {
+    return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+static const Kernels all_kernels[] = {SPD_KERNELS(v4, "x86-64-v4", has_v4()),
+                                      SPD_KERNELS(v3, "x86-64-v3", has_v3()),
+                                      SPD_KERNELS(v2, "x86-64-v2", has_v2())};
+#else
+SPD_DECLARE(baseline)
+static const Kernels all_kernels[] = {SPD_KERNELS(baseline, "baseline", true)};
+#endif
+
+// Chosen once, at import: the best this processor has, or what SPD_FAST_ISA names.
+static const Kernels* choose_kernels() {
+    const char* asked = std::getenv("SPD_FAST_ISA");
+    std::string known;
+    for (const Kernels& k : all_kernels) {
+        if (k.supported && (!asked || std::string(asked) == k.name)) return &k;
+        if (k.supported) known += std::string(known.empty() ? "" : ", ") + k.name;
+    }
+    throw py::import_error(
+        "SPD_FAST_ISA=" + std::string(asked ? asked : "(unset)") +
+        " is not available; this processor and build have: " + (known.empty() ? "none" : known));
+}
+static const Kernels* kernels = nullptr;
+
+// --------------------------------------------------------------------------------------- threads
+
+// Calls body(begin, end) on pieces of `grain` items. One thread needs no OpenMP at all, which keeps
+// loader threads, and children of a fork, out of its thread pool.
+template <class Body>
+static void parallel_for(int64_t items, int64_t grain, int threads, const Body& body) {
+    const int64_t pieces = (items + grain - 1) / grain;
+#ifdef _OPENMP
+    if (threads > 1 && pieces > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(int(std::min<int64_t>(threads, pieces)))
+        for (int64_t i = 0; i < pieces; ++i) body(i * grain, std::min(items, (i + 1) * grain));
+        return;
+    }
+#else
+    (void)threads;
+#endif
+    for (int64_t i = 0; i < pieces; ++i) body(i * grain, std::min(items, (i + 1) * grain));
+}
+
+// ---------------------------------------------------------------------------------------- checks
+
+static void require(bool condition, const std::string& message) {
+    if (!condition) throw py::value_error("spd_fast._C: " + message);
+}
+
+template <class T>
+static T* data_of(const py::array& a, const char* name, const std::vector<int64_t>& shape,
+                  bool writable = false) {
+    const std::string what = name;
+    require(py::isinstance<py::array_t<T>>(a), what + " has the wrong dtype");
+    require(a.flags() & py::array::c_style, what + " must be C-contiguous");
+    require(a.ndim() == int64_t(shape.size()), what + " has the wrong number of dimensions");
+    for (size_t i = 0; i < shape.size(); ++i)
+        require(a.shape(i) == shape[i], what + ": dimension " + std::to_string(i) + " must be " +
+                                            std::to_string(shape[i]) + ", is " +
+                                            std::to_string(a.shape(i)));
+    require(!writable || a.writeable(), what + " must be writable");
+    return const_cast<T*>(static_cast<const T*>(a.data()));
+}
+
+static void element_strides(const py::array& a, int64_t* stride) {
+    for (int i = 0; i < a.ndim(); ++i) {
+        require(a.strides(i) % a.itemsize() == 0, "strides must be whole elements");
+        stride[i] = a.strides(i) / a.itemsize();
+    }
+}
+
+// --------------------------------------------------------------------------------- augment_views
+
+static bool is_inside(float start, float length, int64_t room) {
+    return start >= 0 && length >= 1 && start + length <= float(room);
+}
+
+// Only what memory safety needs; Python's check has already explained everything else.
+static void require_safe_rows(const AugmentArgs& args) {
+    for (int64_t n = 0; n < args.images; ++n) {
+        const ViewParams* rows = args.params + n * args.views;
+        const int64_t* at = args.layout + 4 * n;
+        int made = 0;
+        std::vector<bool> done(args.views);
+        for (bool progress = true; progress;) {
+            progress = false;
+            for (int v = 0; v < args.views; ++v) {
+                const float source = rows[v].source;
+                require(source >= -1 && source < args.views, "a row's source is out of range");
+                if (done[v] || (source >= 0 && !done[int(source)])) continue;
+                done[v] = progress = true;
+                ++made;
+            }
+        }
+        require(made == args.views, "the sources of the views form a circle");
+        for (int v = 0; v < args.views; ++v) {
+            const ViewParams& p = rows[v];
+            const int64_t height = p.source < 0 ? at[2] : args.height;
+            const int64_t width = p.source < 0 ? at[3] : args.width;
+            require(is_inside(p.crop_top, p.crop_height, height) &&
+                        is_inside(p.crop_left, p.crop_width, width),
+                    "a crop box lies outside its source");
+            require(p.jitter_order >= 0 && p.jitter_order < 24 && p.patch_jitter_order >= 0 &&
+                        p.patch_jitter_order < 24,
+                    "a jitter order is out of range");
+            require(p.alpha_sigma_y >= 0 && p.alpha_sigma_y < 1e4f && p.alpha_sigma_x >= 0 &&
+                        p.alpha_sigma_x < 1e4f,
+                    "an alpha sigma is out of range");
+            require(p.patch_kind == 0 || (is_inside(p.patch_top, p.patch_height, args.height) &&
+                                          is_inside(p.patch_left, p.patch_width, args.width) &&
+                                          is_inside(p.target_top, p.patch_height, args.height) &&
+                                          is_inside(p.target_left, p.patch_width, args.width)),
+                    "a patch box lies outside its view");
+        }
+    }
+}
+
+static DType set_output(const py::array& out, const std::string& dtype) {
+    require(out.writeable(), "out must be writable");
+    if (dtype == "float32" && py::isinstance<py::array_t<float>>(out)) return DType::float32;
+    if (dtype == "float16" && out.dtype().kind() == 'f' && out.itemsize() == 2)
+        return DType::float16;
+    if (dtype == "bfloat16" && py::isinstance<py::array_t<uint16_t>>(out)) return DType::bfloat16;
+    require(dtype == "uint8" && py::isinstance<py::array_t<uint8_t>>(out),
+            "out's dtype does not match " + dtype);
+    return DType::uint8;
+}
+
+static void augment_views(const std::vector<py::array>& buffers, const py::array& layout,
+                          const py::array& params, const py::array& out, const std::string& dtype,
+                          const std::vector<float>& mean, const std::vector<float>& std,
+                          int threads) {
+    require(out.ndim() == 5 && mean.size() == 3 && std.size() == 3,
+            "out must be 5-D, mean and std need 3 values");
+    AugmentArgs args{};
+    args.views = int(out.shape(0));
+    args.images = out.shape(1);
+    args.height = int(out.shape(3));
+    args.width = int(out.shape(4));
+    require(out.shape(2) == 3 && args.height > 0 && args.width > 0,
+            "out must be (V, N, 3, H, W) with H, W > 0");
+    args.layout = data_of<int64_t>(layout, "layout", {args.images, 4});
+    args.params = reinterpret_cast<const ViewParams*>(
+        data_of<float>(params, "params", {args.images, args.views, view_columns}));
+    std::vector<const uint8_t*> pixels;
+    for (const py::array& buffer : buffers)
+        pixels.push_back(data_of<uint8_t>(buffer, "an image buffer", {buffer.size()}));
+    args.buffers = pixels.data();
+    for (int64_t n = 0; n < args.images; ++n) {
+        const int64_t* at = args.layout + 4 * n;
+        require(at[0] >= 0 && at[0] < int64_t(buffers.size()) && at[1] >= 0 && at[2] >= 1 &&
+                    at[3] >= 1 && at[2] < 1 << 24 && at[3] < 1 << 24 &&
+                    at[1] + at[2] * at[3] * 3 <= buffers[at[0]].size(),
+                "an image lies outside its buffer");
+    }
+    require_safe_rows(args);
+    args.dtype = set_output(out, dtype);
+    args.out = const_cast<void*>(out.data());
+    element_strides(out, args.stride);
+    for (int c = 0; c < 3; ++c) {
+        args.scale[c] = 1 / std[c];
+        args.shift[c] = -mean[c] / std[c];
+    }
+    py::gil_scoped_release release;
+    parallel_for(args.images, 1, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) kernels->augment_image(args, n);
+    });
+}
+
+// ---------------------------------------------------------------------------------------- PaDiM
+
+// Owns what `Features` points to.
+struct FeatureList {
+    std::vector<Layer> layers;
+    std::vector<int32_t> layer, channel;
+    Features features{};
+
+    FeatureList(const std::vector<py::array>& maps, const py::array& channels) {
+        require(!maps.empty(), "no feature map");
+        const int64_t batch = maps[0].ndim() == 4 ? maps[0].shape(0) : -1;
+        std::vector<int64_t> first_channel{0};
+        for (const py::array& map : maps) {
+            require(map.ndim() == 4 && py::isinstance<py::array_t<float>>(map) &&
+                        map.shape(0) == batch && map.shape(2) > 0 && map.shape(3) > 0,
+                    "feature maps must be float32 (B, C, H, W) with one B");
+            Layer l{static_cast<const float*>(map.data()),
+                    int(map.shape(1)),
+                    int(map.shape(2)),
+                    int(map.shape(3)),
+                    {}};
+            element_strides(map, l.stride);
+            layers.push_back(l);
+            first_channel.push_back(first_channel.back() + map.shape(1));
+        }
+        const int64_t* kept = data_of<int64_t>(channels, "channels", {channels.size()});
+        for (int64_t k = 0; k < channels.size(); ++k) {
+            require(kept[k] >= 0 && kept[k] < first_channel.back(), "a channel is out of range");
+            const auto after =
+                std::upper_bound(first_channel.begin(), first_channel.end(), kept[k]);
+            layer.push_back(int32_t(after - first_channel.begin() - 1));
+            channel.push_back(int32_t(kept[k] - first_channel[layer.back()]));
+        }
+        features = {layers.data(), layer.data(),     channel.data(), int(channels.size()),
+                    int(batch),    layers[0].height, layers[0].width};
+    }
+    int64_t positions() const { return int64_t(features.grid_height) * features.grid_width; }
+};
+
+static void mahalanobis_map(const std::vector<py::array>& maps, const py::array& channels,
+                            const py::array& mean, const py::array& factor, const py::array& out,
+                            int threads) {
+    const FeatureList list(maps, channels);
+    MahalanobisArgs args{};
+    args.features = list.features;
+    const int64_t positions = list.positions(), d = args.features.d;
+    args.mean = data_of<float>(mean, "mean", {positions, d});
+    const std::vector<int64_t> shape{positions, int64_t(packed_size(int(d)))};
+    if (factor.dtype().kind() == 'f' && factor.itemsize() == 2) {
+        args.factor_dtype = DType::float16;
+        require(factor.ndim() == 2 && factor.shape(0) == shape[0] && factor.shape(1) == shape[1] &&
+                    factor.flags() & py::array::c_style,
+                "factor has the wrong shape or is not contiguous");
+        args.factor = factor.data();
+    } else {
+        args.factor_dtype = DType::float32;
+        args.factor = data_of<float>(factor, "factor", shape);
+    }
+    args.out = data_of<float>(
+        out, "out", {args.features.batch, args.features.grid_height, args.features.grid_width},
+        true);
+    py::gil_scoped_release release;
+    parallel_for(positions, 4 * gather_positions, threads,
+                 [&](int64_t begin, int64_t end) { kernels->mahalanobis(args, begin, end); });
+}
+
+static void gaussian_update(const std::vector<py::array>& maps, const py::array& channels,
+                            int64_t count, const py::array& mean, const py::array& scatter,
+                            int threads) {
+    const FeatureList list(maps, channels);
+    const int64_t positions = list.positions(), d = list.features.d;
+    require(count >= 0, "count must not be negative");
+    const GaussianUpdateArgs args{
+        list.features, count, data_of<float>(mean, "mean", {positions, d}, true),
+        data_of<float>(scatter, "scatter", {positions, int64_t(packed_size(int(d)))}, true)};
+    py::gil_scoped_release release;
+    parallel_for(positions, gather_positions, threads,
+                 [&](int64_t begin, int64_t end) { kernels->gaussian_update(args, begin, end); });
+}
+
+// Returns a position whose covariance is not positive definite, or -1.
+static int64_t gaussian_factor(const py::array& scatter, int d, int64_t count, float ridge,
+                               int threads) {
+    require(scatter.ndim() == 2 && d >= 1 && count >= 2,
+            "scatter must be 2-D, d at least 1, count at least 2");
+    const int64_t positions = scatter.shape(0);
+    const GaussianFactorArgs args{
+        data_of<float>(scatter, "scatter", {positions, int64_t(packed_size(d))}, true), d, count,
+        ridge};
+    std::atomic<int64_t> failed{-1};
+    py::gil_scoped_release release;
+    parallel_for(positions, 4, threads, [&](int64_t begin, int64_t end) {
+        const int64_t position = kernels->gaussian_factor(args, begin, end);
+        if (position >= 0) failed = position;
+    });
+    return failed;
+}
+
+static py::dict build_config() {
+    py::dict config;
+    py::list available;
+    for (const Kernels& k : all_kernels)
+        if (k.supported) available.append(k.name);
+    config["instruction_set"] = kernels->name;
+    config["instruction_sets"] = available;
+#ifdef _OPENMP
+    config["openmp"] = true;
+#else
+    config["openmp"] = false;
+#endif
+    config["compiler"] = __VERSION__;
+    return config;
+}
+
+}  // namespace spd
+
+PYBIND11_MODULE(_C, m) {
+    spd::kernels = spd::choose_kernels();
+    m.doc() = "CPU kernels of spd_fast; call them through spd_fast.ops.";
+    m.def("augment_views", &spd::augment_views);
+    m.def("mahalanobis_map", &spd::mahalanobis_map);
+    m.def("gaussian_update", &spd::gaussian_update);
+    m.def("gaussian_factor", &spd::gaussian_factor);
+    m.def("build_config", &spd::build_config);
+}

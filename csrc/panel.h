@@ -1,0 +1,34 @@
+// Vectors of 8 rows, the columns of a panel. GCC and Clang split them where registers are narrower.
+#pragma once
+
+#include "common.h"
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace spd {
+
+typedef float Rows __attribute__((vector_size(32)));
+
+static inline Rows load_rows(const float* p) {
+    Rows v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline Rows load_rows(const uint16_t* half) {
+    Rows v;
+#ifdef __F16C__
+    __m128i h;
+    memcpy(&h, half, sizeof h);
+    const __m256 f = _mm256_cvtph_ps(h);
+    memcpy(&v, &f, sizeof v);
+#else
+    for (int i = 0; i < 8; ++i) v[i] = from_half(half[i]);
+#endif
+    return v;
+}
+
+static inline void store_rows(float* p, Rows v) { memcpy(p, &v, sizeof v); }
+
+}  // namespace spd

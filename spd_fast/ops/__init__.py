@@ -1,0 +1,1 @@
+"""Operations: one file each, with schema, input check and backends (see `backends.py`)."""

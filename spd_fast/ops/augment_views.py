@@ -1,0 +1,275 @@
+"""`augment_views`: all augmented views of a batch of images in one call."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spd_fast import reference
+from spd_fast.errors import InputError
+from spd_fast.ops.backends import (
+    OPERATIONS,
+    native,
+    native_backend,
+    not_on_cpu,
+    reference_backend,
+    select,
+    thread_count,
+)
+from spd_fast.views import COLUMNS, PATCH_KINDS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+
+Image = np.ndarray | Tensor
+
+
+def augment_views(
+    images: Sequence[Image] | Image | tuple[Image, Image],
+    params: Tensor,
+    size: int | tuple[int, int] = 224,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    out: Tensor | None = None,
+    threads: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Make V augmented views of each of N images (paper section 3.2, appendix C).
+
+    The result is a pure function of the arguments: all randomness is in `params`. Order: crop and
+    antialiased bilinear resize, colour jitter, grayscale, blur, flip, patch, normalise.
+
+    Args:
+        images: a list of N uint8 arrays (H_i, W_i, 3); or one dense uint8 batch (N, H, W, 3); or a
+            ragged batch: a pair of one flat uint8 buffer and an (N, 3) int64 table of offset,
+            height and width.
+        params: (N, V, 27) from `sample_view_params`.
+        size: height and width of the views, pixels.
+        dtype: float32, float16, bfloat16, or uint8. uint8 views are not normalised: they hold the
+            view in 0..255, rounded to nearest.
+        channels_last: memory order of each view.
+        mean, std: per channel, of values in [0, 1].
+        out: written to instead of a new tensor; its shape, dtype and strides then decide, `size`,
+            `dtype` and `channels_last` do not. It may be a slice `batch[:, i:j]` of a larger one.
+        threads: CPU threads; 0 = torch.get_num_threads().
+        backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
+
+    Returns:
+        (V, N, 3, height, width): views first, so that `out[k]` is one contiguous batch.
+
+    Raises:
+        InputError: an argument has the wrong shape, dtype or range; the message names it.
+    """
+    buffers, layout = _as_buffers(images)
+    if out is None:
+        out = _empty_views(params, size, dtype, channels_last, buffers[0].device)
+    torch.ops.spd_fast.augment_views(
+        buffers, layout, params, out, list(mean), list(std), threads, backend
+    )
+    return out
+
+
+@torch.library.custom_op("spd_fast::augment_views", mutates_args=("out",))
+def _op(
+    buffers: Sequence[Tensor],
+    layout: Tensor,
+    params: Tensor,
+    out: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    threads: int = 0,
+    backend: str | None = None,
+) -> None:
+    check(buffers, layout, params, out, mean, std)
+    if out.numel():
+        chosen = select("augment_views", backend, buffers, out)
+        chosen.function(buffers, layout, params, out, mean, std, threads)
+
+
+@_op.register_fake
+def _(buffers, layout, params, out, mean, std, threads=0, backend=None) -> None:
+    return None
+
+
+def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
+    """Flat uint8 buffers and the (N, 4) table of buffer, offset, height, width; copies nothing."""
+    if isinstance(images, tuple) and len(images) == 2 and np.ndim(images[0]) == 1:
+        pixels, table = _as_tensor(images[0]), torch.as_tensor(images[1])
+        if table.ndim != 2 or table.shape[1] != 3:
+            raise InputError(
+                f"a ragged batch needs an (N, 3) table of offset, height and width, got "
+                f"{tuple(table.shape)}"
+            )
+        return [pixels], torch.cat([torch.zeros_like(table[:, :1]), table], 1).long()
+    if isinstance(images, np.ndarray | Tensor):
+        batch = _as_tensor(images)
+        if batch.ndim != 4 or batch.shape[3] != 3:
+            raise InputError(f"a dense batch must be (N, H, W, 3), got {tuple(batch.shape)}")
+        n, height, width, _ = batch.shape
+        table = [[0, i * height * width * 3, height, width] for i in range(n)]
+        return [batch.contiguous().view(-1)], torch.tensor(table, dtype=torch.int64).view(-1, 4)
+    tensors = [_as_tensor(image) for image in images]
+    for i, image in enumerate(tensors):
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"images[{i}] must be (H, W, 3), got {tuple(image.shape)}")
+    table = [[i, 0, image.shape[0], image.shape[1]] for i, image in enumerate(tensors)]
+    buffers = [image.contiguous().view(-1) for image in tensors]
+    return (
+        buffers or [torch.empty(0, dtype=torch.uint8)],
+        torch.tensor(table, dtype=torch.int64).view(-1, 4),
+    )
+
+
+def _as_tensor(image: Image) -> Tensor:
+    if isinstance(image, Tensor):
+        return image
+    # torch warns about arrays that it must not write to; nothing here writes to them.
+    return torch.from_numpy(image if image.flags.writeable else image.copy())
+
+
+def _empty_views(
+    params: Tensor,
+    size: int | tuple[int, int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    device: torch.device,
+) -> Tensor:
+    if params.ndim != 3 or params.shape[2] != len(COLUMNS):
+        raise InputError(f"params must be (N, V, {len(COLUMNS)}), got {tuple(params.shape)}")
+    height, width = (size, size) if isinstance(size, int) else size
+    n, v, _ = params.shape
+    if height < 1 or width < 1:
+        raise InputError(f"size must be at least 1, got {size}")
+    if channels_last:
+        views = torch.empty(v, n, height, width, 3, dtype=dtype, device=device)
+        return views.permute(0, 1, 4, 2, 3)
+    return torch.empty(v, n, 3, height, width, dtype=dtype, device=device)
+
+
+def check(
+    buffers: Sequence[Tensor],
+    layout: Tensor,
+    params: Tensor,
+    out: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Refuse what no backend can take. The tables are on the CPU, so nothing synchronises."""
+    for i, buffer in enumerate(buffers):
+        if buffer.dtype != torch.uint8:
+            raise InputError(f"images must be uint8, got {buffer.dtype} (image or buffer {i})")
+    if params.device.type != "cpu" or params.dtype != torch.float32:
+        raise InputError(
+            f"params must be float32 on the CPU, got {params.dtype} on {params.device}"
+        )
+    n = len(layout)
+    if params.ndim != 3 or params.shape[0] != n or params.shape[2] != len(COLUMNS):
+        raise InputError(
+            f"params must be ({n}, V, {len(COLUMNS)}) for {n} images, got {tuple(params.shape)}"
+        )
+    v = params.shape[1]
+    if out.ndim != 5 or out.shape[:3] != (v, n, 3):
+        raise InputError(f"out must be ({v}, {n}, 3, height, width), got {tuple(out.shape)}")
+    if out.dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {out.dtype}")
+    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
+        raise InputError(f"mean and std need 3 values, std above 0; got {mean} and {std}")
+    if n and v:
+        _check_layout(buffers, layout)
+        _check_rows(layout, params, out.shape[3], out.shape[4])
+
+
+def _check_layout(buffers: Sequence[Tensor], layout: Tensor) -> None:
+    index, offset, height, width = layout.unbind(1)
+    if (layout < 0).any() or (layout[:, 2:] < 1).any() or (index >= len(buffers)).any():
+        raise InputError("every image needs an offset of at least 0 and at least 1 x 1 pixels")
+    room = torch.tensor([b.numel() for b in buffers])[index]
+    beyond = (offset + height * width * 3 > room).nonzero()
+    if len(beyond):
+        i = int(beyond[0])
+        raise InputError(f"image {i} of {height[i]} x {width[i]} reaches past its buffer's end")
+
+
+def _check_rows(layout: Tensor, params: Tensor, height: int, width: int) -> None:
+    """Every box inside its image or view, every choice in range, no circle of sources."""
+    if not bool(torch.isfinite(params).all()):
+        raise InputError("params hold NaN or infinity")
+    n, v, _ = params.shape
+    p = dict(zip(COLUMNS, params.unbind(2), strict=True))
+
+    def refuse(bad: Tensor, what: str) -> None:
+        if bad.any():
+            i, k = bad.nonzero()[0].tolist()
+            raise InputError(f"params of image {i}, view {k}: {what}")
+
+    source = p["source"]
+    refuse((source < -1) | (source >= v), f"source must be -1 or a view index below {v}")
+    from_view = source >= 0
+    source_height = torch.where(from_view, height, layout[:, 2:3])
+    source_width = torch.where(from_view, width, layout[:, 3:4])
+    refuse(
+        _outside(p["crop_top"], p["crop_height"], source_height)
+        | _outside(p["crop_left"], p["crop_width"], source_width),
+        "the crop box is empty or reaches outside its source",
+    )
+    for name in ("jitter_order", "patch_jitter_order"):
+        refuse((p[name] < 0) | (p[name] > 23), f"{name} must be 0..23")
+    for name in ("blur_sigma", "alpha_sigma_y", "alpha_sigma_x", "brightness", "contrast"):
+        refuse(p[name] < 0, f"{name} must not be negative")
+    kinds = torch.tensor(list(PATCH_KINDS.values()))
+    refuse(~torch.isin(p["patch_kind"], kinds), f"patch_kind must be one of {kinds.tolist()}")
+    box_outside = torch.zeros_like(from_view)
+    for top, left in (("patch_top", "patch_left"), ("target_top", "target_left")):
+        box_outside |= _outside(p[top], p["patch_height"], height)
+        box_outside |= _outside(p[left], p["patch_width"], width)
+    refuse((p["patch_kind"] > 0) & box_outside, "the patch or its target is outside the view")
+    reached = source.long()  # follow every chain of sources V steps: it must have ended
+    for _ in range(v):
+        following = source.long().gather(1, reached.clamp(min=0))
+        reached = torch.where(reached >= 0, following, reached)
+    refuse(reached >= 0, "the views are made from each other in a circle")
+
+
+def _outside(start: Tensor, length: Tensor, room: Tensor | int) -> Tensor:
+    return (start < 0) | (length < 1) | (start + length > room)
+
+
+def _run_reference(buffers, layout, params, out, mean, std, threads) -> None:
+    images = [
+        buffers[b][offset : offset + h * w * 3].view(h, w, 3) for b, offset, h, w in layout.tolist()
+    ]
+    if out.dtype == torch.uint8:
+        views = reference.augment_views(images, params, out.shape[3:])
+        out.copy_((views * 255).round().clamp(0, 255))
+    else:
+        out.copy_(reference.augment_views(images, params, out.shape[3:], mean, std))
+
+
+def _run_native(buffers, layout, params, out, mean, std, threads) -> None:
+    # numpy has no bfloat16: its bits cross as uint16.
+    view = out.view(torch.uint16) if out.dtype == torch.bfloat16 else out
+    native.augment_views(
+        [b.numpy() for b in buffers],
+        layout.contiguous().numpy(),
+        params.contiguous().numpy(),
+        view.numpy(),
+        str(out.dtype).removeprefix("torch."),
+        list(mean),
+        list(std),
+        thread_count(threads),
+    )
+
+
+def _native_reasons(buffers, out) -> list[str]:
+    return not_on_cpu([*buffers, out])
+
+
+OPERATIONS["augment_views"] = (
+    native_backend(_run_native, _native_reasons),
+    reference_backend(_run_reference),
+)

@@ -1,0 +1,92 @@
+"""Several implementations of one operation, and which of them runs.
+
+Each operation lists its backends in order of preference. "auto" takes the first that has no reason
+against the arguments; a backend asked for by name (argument, `use_backend`, or the environment
+variable SPD_FAST_BACKEND, in this order) raises with its reasons if it cannot take them.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+from spd_fast.errors import InputError
+
+try:
+    from spd_fast import _C as native
+except ImportError as error:
+    native = None
+    _NATIVE_MISSING = [f"the compiled module spd_fast._C cannot be imported ({error})"]
+else:
+    _NATIVE_MISSING = []
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. `function` and `reasons` take the operation's own arguments."""
+
+    name: str
+    device: str  # for `spd-fast info`
+    function: Callable
+    reasons: Callable[..., list[str]]  # why it cannot take these arguments; empty: it can
+    missing: Sequence[str] = ()  # why it cannot run here whatever the arguments
+
+
+OPERATIONS: dict[str, tuple[Backend, ...]] = {}
+
+_asked: ContextVar[str | None] = ContextVar("spd_fast_backend", default=None)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """In this block, and in this thread, every operation runs on backend `name` ("auto": any)."""
+    token = _asked.set(name)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def select(operation: str, asked: str | None, *arguments) -> Backend:
+    """The backend of `operation` that runs for these arguments.
+
+    Raises:
+        InputError: the backend asked for does not exist, or cannot take the arguments.
+    """
+    backends = OPERATIONS[operation]
+    name = asked or _asked.get() or os.environ.get("SPD_FAST_BACKEND") or "auto"
+    if name not in ("auto", *(b.name for b in backends)):
+        known = ", ".join(b.name for b in backends)
+        raise InputError(f"{operation} has no backend {name!r}; there are: auto, {known}")
+    refusals = []
+    for backend in backends:
+        if name in ("auto", backend.name):
+            reasons = [*backend.missing, *backend.reasons(*arguments)]
+            if not reasons:
+                return backend
+            refusals.append(f"{backend.name}: {'; '.join(reasons)}")
+    raise InputError(f"{operation} cannot run on these arguments ({' | '.join(refusals)})")
+
+
+def native_backend(function: Callable, reasons: Callable[..., list[str]]) -> Backend:
+    """The CPU backend in C++."""
+    return Backend("native", "cpu", function, reasons, _NATIVE_MISSING)
+
+
+def reference_backend(function: Callable) -> Backend:
+    """The plain-torch backend, which takes everything."""
+    return Backend("reference", "any", function, lambda *arguments: [])
+
+
+def not_on_cpu(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """The native backends' reason against tensors on another device."""
+    devices = sorted({t.device.type for t in tensors} - {"cpu"})
+    return [f"needs CPU tensors, got {', '.join(devices)}"] if devices else []
+
+
+def thread_count(threads: int) -> int:
+    """0 means as many threads as torch uses."""
+    return threads or torch.get_num_threads()

@@ -1,0 +1,274 @@
+"""PaDiM's operations: distances to per-position Gaussians, and fitting those Gaussians.
+
+The Gaussians of a grid of P positions in d channels are a mean (P, d) and a packed triangle
+(P, packed_size(d)), whose layout `spd_fast.reference.packed_index` defines. While fitting, the
+triangle holds the scatter of the features; `gaussian_factor` turns it into the whitening factor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spd_fast import reference
+from spd_fast.errors import InputError
+from spd_fast.ops.backends import (
+    OPERATIONS,
+    native,
+    native_backend,
+    not_on_cpu,
+    reference_backend,
+    select,
+    thread_count,
+)
+from spd_fast.reference import packed_size
+
+FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def mahalanobis_map(
+    features: Sequence[Tensor],
+    channels: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    *,
+    threads: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Mahalanobis distance of every grid position: sqrt((x - mu)^T S^-1 (x - mu)), S^-1 = W^T W.
+
+    The kept channels are gathered straight from the layers; the concatenation is never made.
+
+    Args:
+        features: float layers (B, C_l, h_l, w_l), the finest first; its h x w is the grid, which
+            the others are brought to by nearest neighbour.
+        channels: (d,) int64 indices into the concatenated channels.
+        mean: (P, d) float32, P = h * w.
+        factor: (P, packed_size(d)), the packed W, float32, float16 or bfloat16.
+        threads: CPU threads; 0 = torch.get_num_threads().
+        backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
+
+    Returns:
+        (B, h, w) float32 distances.
+
+    Raises:
+        InputError: an argument has the wrong shape or dtype; the message names it.
+    """
+    return torch.ops.spd_fast.mahalanobis_map(
+        list(features), channels, mean, factor, threads, backend
+    )
+
+
+@torch.library.custom_op("spd_fast::mahalanobis_map", mutates_args=())
+def _mahalanobis_map(
+    features: Sequence[Tensor],
+    channels: Tensor,
+    mean: Tensor,
+    factor: Tensor,
+    threads: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    _check(features, channels, mean, factor, "factor", FACTOR_DTYPES)
+    chosen = select("mahalanobis_map", backend, features, channels, mean, factor)
+    return chosen.function(features, channels, mean, factor, threads)
+
+
+@_mahalanobis_map.register_fake
+def _(features, channels, mean, factor, threads=0, backend=None) -> Tensor:
+    batch, _, height, width = features[0].shape
+    return features[0].new_empty(batch, height, width, dtype=torch.float32)
+
+
+def gaussian_update(
+    features: Sequence[Tensor],
+    channels: Tensor,
+    count: int,
+    mean: Tensor,
+    scatter: Tensor,
+    *,
+    threads: int = 0,
+    backend: str | None = None,
+) -> None:
+    """Fold a batch of images into the running mean (P, d) and packed scatter, in place.
+
+    Args are as in `mahalanobis_map`; `count` images were folded in before. The result does not
+    depend on how the images are cut into batches, but for rounding.
+    """
+    torch.ops.spd_fast.gaussian_update(
+        list(features), channels, count, mean, scatter, threads, backend
+    )
+
+
+@torch.library.custom_op("spd_fast::gaussian_update", mutates_args=("mean", "scatter"))
+def _gaussian_update(
+    features: Sequence[Tensor],
+    channels: Tensor,
+    count: int,
+    mean: Tensor,
+    scatter: Tensor,
+    threads: int = 0,
+    backend: str | None = None,
+) -> None:
+    _check(features, channels, mean, scatter, "scatter", (torch.float32,))
+    chosen = select("gaussian_update", backend, features, channels, mean, scatter)
+    chosen.function(features, channels, count, mean, scatter, threads)
+
+
+@_gaussian_update.register_fake
+def _(features, channels, count, mean, scatter, threads=0, backend=None) -> None:
+    return None
+
+
+def gaussian_factor(
+    scatter: Tensor,
+    d: int,
+    count: int,
+    ridge: float,
+    *,
+    threads: int = 0,
+    backend: str | None = None,
+) -> None:
+    """Turn the packed scatter (P, packed_size(d)) of `count` images into the factor, in place.
+
+    S = scatter / (count - 1) + ridge * I = L L^T, W = L^-1.
+
+    Raises:
+        InputError: fewer than 2 images, or a covariance that is not positive definite (its
+            features were constant and the ridge is 0, or they were not finite).
+    """
+    torch.ops.spd_fast.gaussian_factor(scatter, d, count, ridge, threads, backend)
+
+
+@torch.library.custom_op("spd_fast::gaussian_factor", mutates_args=("scatter",))
+def _gaussian_factor(
+    scatter: Tensor,
+    d: int,
+    count: int,
+    ridge: float,
+    threads: int = 0,
+    backend: str | None = None,
+) -> None:
+    if count < 2:
+        raise InputError(f"a covariance needs at least 2 images, got {count}")
+    if scatter.shape[1:] != (packed_size(d),) or scatter.dtype != torch.float32:
+        raise InputError(
+            f"scatter must be float32 (P, {packed_size(d)}) for d = {d}, got {scatter.dtype} "
+            f"{tuple(scatter.shape)}"
+        )
+    chosen = select("gaussian_factor", backend, scatter)
+    chosen.function(scatter, d, count, ridge, threads)
+
+
+@_gaussian_factor.register_fake
+def _(scatter, d, count, ridge, threads=0, backend=None) -> None:
+    return None
+
+
+def _check(
+    features: Sequence[Tensor],
+    channels: Tensor,
+    mean: Tensor,
+    packed: Tensor,
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    """Refuse what no backend can take; `name` is what the packed triangle is called."""
+    if not features or any(f.ndim != 4 or f.shape[0] != features[0].shape[0] for f in features):
+        shapes = [tuple(f.shape) for f in features]
+        raise InputError(f"features must be a list of (B, C, H, W) with one B, got {shapes}")
+    if any(not f.is_floating_point() or not f.shape[2] or not f.shape[3] for f in features):
+        raise InputError("features must be floating point and at least 1 x 1")
+    total = sum(f.shape[1] for f in features)
+    if channels.ndim != 1 or channels.dtype != torch.int64 or not len(channels):
+        raise InputError(
+            f"channels must be (d,) int64, got {channels.dtype} {tuple(channels.shape)}"
+        )
+    if int(channels.min()) < 0 or int(channels.max()) >= total:
+        raise InputError(
+            f"channels must be in 0..{total - 1}, as the features have {total}; got "
+            f"{int(channels.min())}..{int(channels.max())}"
+        )
+    positions, d = features[0].shape[2] * features[0].shape[3], len(channels)
+    if mean.shape != (positions, d) or mean.dtype != torch.float32:
+        raise InputError(
+            f"mean must be float32 ({positions}, {d}) for a grid of {features[0].shape[2]} x "
+            f"{features[0].shape[3]} and {d} channels, got {mean.dtype} {tuple(mean.shape)}"
+        )
+    if packed.shape != (positions, packed_size(d)) or packed.dtype not in dtypes:
+        raise InputError(
+            f"{name} must be ({positions}, {packed_size(d)}) of {' or '.join(map(str, dtypes))}, "
+            f"got {packed.dtype} {tuple(packed.shape)}"
+        )
+
+
+def _native_reasons(features, channels, mean, packed) -> list[str]:
+    reasons = not_on_cpu([*features, channels, mean, packed])
+    if packed.dtype == torch.bfloat16:
+        reasons.append("no bfloat16 factor on the CPU")
+    if not (mean.is_contiguous() and packed.is_contiguous()):
+        reasons.append("mean and packed triangle must be contiguous")
+    return reasons
+
+
+def _arrays(features: Sequence[Tensor]) -> list:
+    return [f.float().numpy() for f in features]
+
+
+def _map_native(features, channels, mean, factor, threads) -> Tensor:
+    batch, _, height, width = features[0].shape
+    out = torch.empty(batch, height, width)
+    native.mahalanobis_map(
+        _arrays(features),
+        channels.contiguous().numpy(),
+        mean.numpy(),
+        factor.numpy(),
+        out.numpy(),
+        thread_count(threads),
+    )
+    return out
+
+
+def _update_native(features, channels, count, mean, scatter, threads) -> None:
+    native.gaussian_update(
+        _arrays(features),
+        channels.contiguous().numpy(),
+        count,
+        mean.numpy(),
+        scatter.numpy(),
+        thread_count(threads),
+    )
+
+
+def _factor_native(scatter, d, count, ridge, threads) -> None:
+    position = native.gaussian_factor(scatter.numpy(), d, count, ridge, thread_count(threads))
+    if position >= 0:
+        raise InputError(f"the covariance at position {position} is not positive definite")
+
+
+def _factor_reference(scatter, d, count, ridge, threads) -> None:
+    try:
+        reference.gaussian_factor(scatter, d, count, ridge)
+    except torch.linalg.LinAlgError as error:
+        raise InputError(f"a covariance is not positive definite: {error}") from error
+
+
+OPERATIONS["mahalanobis_map"] = (
+    native_backend(_map_native, _native_reasons),
+    reference_backend(
+        lambda features, channels, mean, factor, threads: reference.mahalanobis_map(
+            features, channels, mean, factor
+        )
+    ),
+)
+OPERATIONS["gaussian_update"] = (
+    native_backend(_update_native, _native_reasons),
+    reference_backend(
+        lambda features, channels, count, mean, scatter, threads: reference.gaussian_update(
+            features, channels, count, mean, scatter
+        )
+    ),
+)
+OPERATIONS["gaussian_factor"] = (
+    native_backend(_factor_native, lambda scatter: not_on_cpu([scatter])),
+    reference_backend(_factor_reference),
+)

@@ -1,0 +1,84 @@
+"""From a decoded image and mask to what a detector sees: the presets of the reference systems."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from PIL import Image
+from torch import Tensor
+
+from spd_fast.errors import InputError
+from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one reference system prepares images and smooths anomaly maps."""
+
+    shorter_side: int | None  # resize to this with the aspect kept, then cut the centre out ...
+    size: int  # ... of this side; without `shorter_side`, resize to this square
+    ridge: float  # added to the diagonal of PaDiM's covariances
+    border: str  # of the Gaussian on the map, see `reference.gaussian_matrix`
+
+
+PRESETS = {
+    "paper": Preset(shorter_side=256, size=224, ridge=0.01, border="symmetric"),
+    "anomalib": Preset(shorter_side=None, size=256, ridge=0.01 + 1e-5, border="reflect"),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset called `name`.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset is one of {', '.join(PRESETS)}; got {name!r}")
+    return PRESETS[name]
+
+
+def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
+    """(H, W, 3) uint8 -> (3, size, size) float32, ImageNet-normalised.
+
+    "paper" resizes 8-bit pixels with a Lanczos filter as PaDiM's first implementation does,
+    "anomalib" float pixels with an antialiased bilinear one.
+    """
+    if preset.shorter_side:
+        picture = Image.fromarray(image)
+        resized = np.asarray(picture.resize(_resized(picture.size, preset), Image.Resampling.LANCZOS))
+        x = torch.from_numpy(_cut_centre(resized, preset.size).copy()).permute(2, 0, 1) / 255
+    else:
+        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255
+        x = F.resize(x, [preset.size, preset.size], antialias=True)
+    return F.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def prepare_mask(mask: np.ndarray, preset: Preset) -> np.ndarray:
+    """(H, W) bool -> (size, size) bool, by nearest neighbour."""
+    if preset.shorter_side:
+        picture = Image.fromarray(mask.astype(np.uint8))
+        resized = picture.resize(_resized(picture.size, preset), Image.Resampling.NEAREST)
+        return _cut_centre(np.asarray(resized), preset.size).astype(bool)
+    x = torch.from_numpy(mask.astype(np.uint8))[None]
+    size = [preset.size, preset.size]
+    return F.resize(x, size, F.InterpolationMode.NEAREST)[0].numpy().astype(bool)
+
+
+def displayed_image(prepared: Tensor) -> np.ndarray:
+    """(3, h, w) normalised -> (h, w, 3) uint8: what the detector saw, for looking at."""
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    pixels = (prepared * std[:, None, None] + mean[:, None, None]) * 255
+    return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def _resized(size: tuple[int, int], preset: Preset) -> tuple[int, int]:
+    """Width and height with the shorter side as the preset says; the longer one is rounded down."""
+    short = min(size)
+    return tuple(int(preset.shorter_side * side / short) for side in size)
+
+
+def _cut_centre(image: np.ndarray, side: int) -> np.ndarray:
+    top, left = (round((length - side) / 2) for length in image.shape[:2])
+    return image[top : top + side, left : left + side]

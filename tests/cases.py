@@ -1,0 +1,89 @@
+"""The inputs over which every backend is compared with the reference."""
+
+import torch
+
+from spd_fast import recipes, sample_view_params
+from spd_fast.reference import packed_size
+from spd_fast.views import COLUMN
+
+# name -> (image sizes, view size, recipe)
+VIEW_CASES = {
+    "photo": ([(375, 500)], (224, 224), recipes.simsiam()),
+    "ragged": ([(60, 80), (81, 33), (47, 47)], (64, 64), recipes.simsiam()),
+    "tiny images": ([(1, 1), (1, 9), (7, 1), (2, 3)], (32, 32), recipes.simclr()),
+    "upscaling": ([(9, 7)], (120, 120), recipes.simclr()),
+    "wide image": ([(12, 700)], (48, 48), recipes.supervised()),
+    "odd view": ([(90, 101), (64, 64)], (37, 53), recipes.moco()),
+    "view of one pixel": ([(30, 20)], (1, 1), recipes.simsiam()),
+    "view of one row": ([(30, 20)], (1, 9), recipes.simsiam(local_aug="cutpaste")),
+    "cutpaste": ([(50, 60)], (56, 56), recipes.simsiam(local_aug="cutpaste")),
+    "spd from the image": ([(50, 60)], (56, 56), recipes.simsiam(spd_source="image")),
+    "no spd": ([(50, 60), (20, 30)], (40, 40), recipes.simsiam(spd=False)),
+}
+
+
+def noise_images(sizes, seed=0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, 256, (h, w, 3), dtype=torch.uint8, generator=generator) for h, w in sizes
+    ]
+
+
+def view_case(name: str, epoch: int = 0):
+    """Images, parameter table and view size of a named case."""
+    sizes, size, recipe = VIEW_CASES[name]
+    params = sample_view_params(recipe, sizes, range(len(sizes)), epoch, seed=3, size=size)
+    return noise_images(sizes), params, size
+
+
+def every_operation_on(params: torch.Tensor, order: int) -> torch.Tensor:
+    """The same table with every stage switched on and a given jitter order."""
+    params = params.clone()
+    values = {
+        "jitter_order": order,
+        "brightness": 1.3,
+        "contrast": 0.7,
+        "saturation": 1.25,
+        "hue": -0.08,
+        "blur_sigma": 1.1,
+        "patch_jitter_order": 23 - order,
+        "patch_hue": 0.21,
+        "flip": 1,
+    }
+    for name, value in values.items():
+        params[..., COLUMN[name]] = value
+    return params
+
+
+# name -> (batch, [(channels, height, width), ...], d)
+GAUSSIAN_CASES = {
+    "one channel": (1, [(1, 3, 4)], 1),
+    "three layers": (3, [(8, 8, 8), (16, 4, 4), (32, 2, 2)], 20),
+    "full panels": (8, [(16, 6, 6), (16, 3, 3)], 24),
+    "odd grids": (5, [(10, 9, 7), (20, 5, 4), (12, 3, 2)], 33),
+    "one position": (9, [(12, 1, 1)], 12),
+    "many images": (21, [(30, 5, 5), (40, 3, 3)], 57),
+}
+
+
+def gaussian_case(name: str, seed: int = 0):
+    """Feature maps and a sorted list of kept channels."""
+    batch, layers, d = GAUSSIAN_CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+    features = [torch.randn(batch, *shape, generator=generator) for shape in layers]
+    total = sum(shape[0] for shape in layers)
+    channels = torch.randperm(total, generator=generator)[:d].sort().values
+    return features, channels
+
+
+def random_gaussians(positions: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mean (P, d) and a packed lower triangle, whose diagonal is far from zero."""
+    from spd_fast.reference import pack
+
+    generator = torch.Generator().manual_seed(seed)
+    mean = torch.randn(positions, d, generator=generator)
+    lower = torch.randn(positions, d, d, generator=generator).tril() / d**0.5
+    lower.diagonal(dim1=1, dim2=2).copy_(1 + torch.rand(positions, d, generator=generator))
+    factor = pack(lower)
+    assert factor.shape == (positions, packed_size(d))
+    return mean, factor

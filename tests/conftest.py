@@ -1,0 +1,30 @@
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _keep_global_state():
+    """No test may depend on another one's random numbers or choice of backend."""
+    state = torch.get_rng_state()
+    asked = os.environ.pop("SPD_FAST_BACKEND", None)
+    yield
+    torch.set_rng_state(state)
+    if asked is not None:
+        os.environ["SPD_FAST_BACKEND"] = asked
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `cuda` skip without a GPU, and fail instead under SPD_FAST_REQUIRE_CUDA=1."""
+    if torch.cuda.is_available() or os.environ.get("SPD_FAST_REQUIRE_CUDA") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

@@ -1,0 +1,221 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import GAUSSIAN_CASES, gaussian_case, random_gaussians
+from scipy.spatial.distance import mahalanobis
+from torch.library import opcheck
+
+from spd_fast import InputError, mahalanobis_map, reference
+from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
+from spd_fast.reference import pack, packed_index, packed_size, unpack
+
+
+def fit(features, channels, blocks, ridge=0.01, backend=None):
+    """Mean and packed factor of images folded in block by block."""
+    positions, d = features[0][0, 0].numel(), len(channels)
+    mean, scatter = torch.zeros(positions, d), torch.zeros(positions, packed_size(d))
+    count = 0
+    for start in range(0, len(features[0]), blocks):
+        block = [f[start : start + blocks] for f in features]
+        gaussian_update(block, channels, count, mean, scatter, backend=backend)
+        count += len(block[0])
+    covariance = scatter.clone()
+    gaussian_factor(covariance, d, count, ridge, backend=backend)
+    return mean, scatter, covariance
+
+
+def structured(features):
+    """Correlated channels with a large common mean, the hard case for a running covariance."""
+    generator = torch.Generator().manual_seed(1)
+    mixed = []
+    for f in features:
+        mix = torch.randn(f.shape[1], f.shape[1], generator=generator) / f.shape[1] ** 0.5
+        mixed.append(torch.einsum("ck,bkhw->bchw", mix, f) * 3 + 20)
+    return mixed
+
+
+# ------------------------------------------------------------------------------------------ layout
+
+
+@pytest.mark.parametrize("d", [1, 7, 8, 9, 100])
+def test_packed_layout(d):
+    rows, columns, places = packed_index(d)
+    assert len(set(places.tolist())) == len(rows) == d * (d + 1) // 2
+    assert places.max() < packed_size(d)
+    assert all(
+        p == 32 * (i // 8) * (i // 8 + 1) + 8 * k + i % 8
+        for i, k, p in zip(rows.tolist(), columns.tolist(), places.tolist())
+    )
+    lower = torch.randn(3, d, d).tril()
+    assert torch.equal(unpack(pack(lower), d), lower)
+
+
+def test_embedding_equals_interpolate_and_concatenate():
+    features, channels = gaussian_case("three layers")
+    grid = features[0].shape[2:]
+    whole = torch.cat([F.interpolate(f, size=grid, mode="nearest") for f in features], 1)
+    assert torch.equal(reference.embed(features, channels), whole[:, channels])
+
+
+# ------------------------------------------------------------------- reference against numpy, scipy
+
+
+@pytest.mark.parametrize("name", ["three layers", "odd grids", "many images"])
+def test_reference_distance_equals_scipy(name):
+    features, channels = gaussian_case(name)
+    x = reference.embed(features, channels).double().flatten(2).numpy()  # (B, d, P)
+    mean = x.mean(0).T
+    inverses = []
+    for p in range(x.shape[2]):
+        covariance = np.cov(x[:, :, p], rowvar=False) + 0.01 * np.eye(x.shape[1])
+        inverses.append(np.linalg.inv(covariance))
+    whitening = [np.linalg.inv(np.linalg.cholesky(np.linalg.inv(i))) for i in inverses]
+    lower = torch.from_numpy(np.stack(whitening))
+    ours = reference.mahalanobis_map(
+        [f.double() for f in features], channels, torch.from_numpy(mean), pack(lower)
+    )
+    for b in range(len(x)):
+        for p in range(0, x.shape[2], 5):
+            theirs = mahalanobis(x[b, :, p], mean[p], inverses[p])
+            assert ours[b].flatten()[p].item() == pytest.approx(theirs, rel=1e-8)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("block", [1, 7, 64])
+@pytest.mark.parametrize("name", ["three layers", "odd grids", "many images"])
+def test_streaming_fit_equals_numpy_cov(name, block, backend):
+    features, channels = gaussian_case(name)
+    features = structured(
+        [f.repeat(4, 1, 1, 1) + torch.randn(4 * len(f), *f.shape[1:]) for f in features]
+    )
+    mean, scatter, factor = fit(features, channels, block, backend=backend)
+    n, d = len(features[0]), len(channels)
+    x = reference.embed(features, channels).double().flatten(2).numpy()
+    covariance = unpack(scatter, d).double() / (n - 1)
+    for p in range(x.shape[2]):
+        exact = np.atleast_2d(np.cov(x[:, :, p], rowvar=False))
+        ours = (covariance[p] + covariance[p].tril(-1).T).numpy()
+        scale = np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+        assert np.abs(ours - exact).max() <= 1e-4 * scale.max()
+        assert np.abs(mean[p].double().numpy() / x[:, :, p].mean(0) - 1).max() < 1e-4
+        w = unpack(factor, d)[p].double().numpy()
+        identity = w @ (exact + 0.01 * np.eye(d)) @ w.T
+        assert np.abs(identity - np.eye(d)).max() < 2e-3
+
+
+# -------------------------------------------------------------------- native against the reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", GAUSSIAN_CASES)
+def test_native_map_equals_reference(name, dtype):
+    features, channels = gaussian_case(name)
+    mean, factor = random_gaussians(features[0][0, 0].numel(), len(channels))
+    factor = factor.to(dtype)
+    exact = reference.mahalanobis_map(
+        [f.double() for f in features], channels, mean.double(), factor.double()
+    )
+    plain = mahalanobis_map(features, channels, mean, factor, backend="reference")
+    native = mahalanobis_map(features, channels, mean, factor, backend="native")
+    allowed = 2 * (plain - exact).abs().max() + 1e-5
+    assert native.dtype == torch.float32
+    assert (native - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", GAUSSIAN_CASES)
+def test_native_is_exact_on_small_integers(name):
+    features, channels = gaussian_case(name)
+    features = [(4 * f).round() for f in features]
+    mean, factor = random_gaussians(features[0][0, 0].numel(), len(channels))
+    mean, factor = mean.round(), factor.round()
+    native, plain = (
+        mahalanobis_map(features, channels, mean, factor, backend=b) ** 2
+        for b in ("native", "reference")
+    )
+    assert torch.equal(native.round(), plain.round())
+
+
+@pytest.mark.parametrize("name", GAUSSIAN_CASES)
+def test_native_fit_equals_reference(name):
+    features, channels = gaussian_case(name)
+    features = [f.repeat(3, 1, 1, 1) + torch.randn(3 * len(f), *f.shape[1:]) for f in features]
+    for native, plain in zip(
+        fit(features, channels, 5, backend="native"),
+        fit(features, channels, 5, backend="reference"),
+    ):
+        if native.shape[1] == packed_size(len(channels)):
+            native, plain = unpack(native, len(channels)), unpack(plain, len(channels))
+        torch.testing.assert_close(native, plain, atol=2e-3, rtol=1e-3)
+
+
+def test_padding_of_the_factor_is_zero():
+    features, channels = gaussian_case("odd grids")
+    _, _, factor = fit(features, channels, 5, backend="native")
+    used = torch.zeros(factor.shape[1], dtype=torch.bool)
+    used[packed_index(len(channels))[2]] = True
+    assert (factor[:, ~used] == 0).all()
+
+
+def test_memory_order_of_features_does_not_matter():
+    features, channels = gaussian_case("odd grids")
+    mean, factor = random_gaussians(features[0][0, 0].numel(), len(channels))
+    expected = mahalanobis_map(features, channels, mean, factor)
+    channels_last = [f.to(memory_format=torch.channels_last) for f in features]
+    assert torch.equal(mahalanobis_map(channels_last, channels, mean, factor), expected)
+    sliced = [torch.stack([f, f], 2)[:, :, 0] for f in features]
+    assert torch.equal(mahalanobis_map(sliced, channels, mean, factor), expected)
+    for threads in (1, 3):
+        assert torch.equal(
+            mahalanobis_map(features, channels, mean, factor, threads=threads), expected
+        )
+
+
+# ------------------------------------------------------------------------------- schema and errors
+
+
+def test_schemas_and_fakes():
+    features, channels = gaussian_case("three layers")
+    mean, factor = random_gaussians(64, len(channels))
+    utils = ("test_schema", "test_faketensor")
+    opcheck(
+        torch.ops.spd_fast.mahalanobis_map.default,
+        (features, channels, mean, factor),
+        test_utils=utils,
+    )
+    opcheck(
+        torch.ops.spd_fast.gaussian_update.default,
+        (features, channels, 0, mean, factor),
+        test_utils=utils,
+    )
+    eye = pack(torch.eye(len(channels)).repeat(64, 1, 1))
+    opcheck(
+        torch.ops.spd_fast.gaussian_factor.default, (eye, len(channels), 3, 0.1), test_utils=utils
+    )
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_one_image_and_singular_covariance_are_refused(backend):
+    scatter = torch.zeros(4, packed_size(10))
+    with pytest.raises(InputError, match="at least 2 images, got 1"):
+        gaussian_factor(scatter, 10, 1, 0.01, backend=backend)
+    with pytest.raises(InputError, match="not positive definite"):
+        gaussian_factor(scatter, 10, 5, 0.0, backend=backend)
+
+
+def test_bad_input_is_named():
+    features, channels = gaussian_case("three layers")
+    mean, factor = random_gaussians(64, len(channels))
+    for arguments, message in [
+        (([f[0] for f in features], channels, mean, factor), "features must be a list"),
+        ((features, channels.int(), mean, factor), r"channels must be \(d,\) int64"),
+        ((features, channels + 50, mean, factor), r"channels must be in 0..55"),
+        ((features, channels, mean[:, :3], factor), r"mean must be float32 \(64, 20\)"),
+        ((features, channels, mean, factor[:, :9]), r"factor must be \(64, 384\)"),
+        ((features, channels, mean, factor.double()), "torch.float64"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            mahalanobis_map(*arguments)
+    with pytest.raises(InputError, match="no bfloat16 factor on the CPU"):
+        mahalanobis_map(features, channels, mean, factor.bfloat16(), backend="native")
+    assert mahalanobis_map(features, channels, mean, factor.bfloat16()).isfinite().all()
