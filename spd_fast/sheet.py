@@ -1,0 +1,180 @@
+"""Pictures to look at: the views of an image, and a scored image with its heat map."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from spd_fast import recipes
+from spd_fast.datasets.images import read_image
+from spd_fast.errors import InputError
+from spd_fast.files import atomic_path
+from spd_fast.ops.augment_views import augment_views
+from spd_fast.views import COLUMN, sample_view_params
+
+NAMES = {
+    1: ("x",),
+    2: ("x", "x hat"),
+    3: ("x", "x+ (SPD positive)", "x- (SPD negative)"),
+    4: ("x", "x hat", "x+ (SPD positive)", "x- (SPD negative)"),
+}
+MARGIN, CAPTION, BACKGROUND = 8, 34, (250, 250, 250)
+
+
+def write_views_sheet(
+    image_path: str | Path,
+    out: str | Path,
+    recipe: str = "simsiam",
+    rows: int = 4,
+    size: int = 224,
+    seed: int = 0,
+) -> None:
+    """Write a picture with one row of views per epoch, each labelled with its parameters."""
+    image = read_image(image_path)
+    views = getattr(recipes, recipe)()
+    params = torch.cat(
+        [sample_view_params(views, [image.shape[:2]], [0], e, seed, size) for e in range(rows)]
+    )
+    made = augment_views([image] * rows, params, size, dtype=torch.uint8)
+    names = NAMES[len(views)]
+    pitch_x, pitch_y = size + MARGIN, size + CAPTION + MARGIN
+    sheet = Image.new(
+        "RGB", (pitch_x * (len(names) + 1) + MARGIN, pitch_y * rows + MARGIN), BACKGROUND
+    )
+    original = Image.fromarray(image)
+    original.thumbnail((size, size))
+    for row in range(rows):
+        y = MARGIN + row * pitch_y
+        _place(sheet, original, MARGIN, y, "image", f"{image.shape[1]} x {image.shape[0]}", size)
+        for v, name in enumerate(names):
+            pixels = np.ascontiguousarray(made[v, row].permute(1, 2, 0).numpy())
+            x = MARGIN + (v + 1) * pitch_x
+            _place(sheet, Image.fromarray(pixels), x, y, name, _describe(params[row, v]), size)
+    with atomic_path(out) as temporary:
+        sheet.save(temporary)
+
+
+def _place(sheet, picture, x: int, y: int, title: str, text: str, size: int) -> None:
+    sheet.paste(picture, (x, y))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((x, y + size + 2), title, fill=(20, 20, 20), font=ImageFont.load_default(13))
+    draw.text((x, y + size + 18), text, fill=(90, 90, 90), font=ImageFont.load_default(10))
+
+
+def _describe(row: torch.Tensor) -> str:
+    p = {name: row[i].item() for name, i in COLUMN.items()}
+    words = [f"{p['crop_width']:.0f}x{p['crop_height']:.0f}"]
+    for name, short, off in (
+        ("brightness", "b", 1),
+        ("contrast", "c", 1),
+        ("saturation", "s", 1),
+        ("hue", "h", 0),
+    ):
+        if p[name] != off:
+            words.append(f"{short}{p[name]:.2f}")
+    words += ["gray"] * bool(p["grayscale"]) + ["flip"] * bool(p["flip"])
+    if p["blur_sigma"]:
+        words.append(f"blur {p['blur_sigma']:.1f}")
+    return " ".join(words)
+
+
+# --------------------------------------------------------------------------------- scored images
+
+TRUTH_COLOUR = (0, 255, 255)  # no value of the heat colours is near cyan
+FOUND_COLOUR = (255, 255, 255)
+HEAT = "inferno"
+GAP = 6
+
+
+def example_sheet(
+    image: np.ndarray,
+    score_map: np.ndarray,
+    mask: np.ndarray | None = None,
+    threshold: float | None = None,
+    scale: tuple[float, float] | None = None,
+    side: int = 320,
+) -> Image.Image:
+    """Picture of a scored image: as it is, with the mask's outline, under its heat map.
+
+    Cyan outlines the mask, white the region with scores >= `threshold` (on the heat map only).
+    Without a mask (None; of a normal image it is all False) the second panel is left out.
+
+    Args:
+        image: (H, W, 3) uint8.
+        score_map: float, of the same field of view; brought to the panel's size bilinearly.
+        mask: bool, of the same field of view; no defect is too small to be outlined.
+        scale: scores of the darkest and the brightest heat colour, (lo, hi), which should be the
+            same for all pictures of a category; by default the range of this map.
+        side: longer side of each panel in pixels.
+
+    Raises:
+        InputError: a shape or a type is not as above, or the map is not finite.
+    """
+    _check_sheet(image, score_map, mask)
+    factor = side / max(image.shape[:2])
+    height, width = (max(1, round(n * factor)) for n in image.shape[:2])
+    size = (width, height)
+    photo = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    scores = _resize_plane(score_map, size, Image.Resampling.BILINEAR)
+    lo, hi = scale or (float(score_map.min()), float(score_map.max()))
+    level = np.clip((scores - lo) / max(hi - lo, 1e-12), 0, 1)
+    colours = matplotlib.colormaps[HEAT](level, bytes=True)[..., :3]
+    heat = np.asarray(
+        Image.blend(photo.convert("L").convert("RGB"), Image.fromarray(colours), 0.55)
+    )
+    panels = [np.asarray(photo)]
+    if threshold is not None:
+        heat = _outline(heat, scores >= threshold, FOUND_COLOUR)
+    if mask is not None:
+        covered = _resize_plane(mask, size, Image.Resampling.BOX) > 0
+        panels.append(_outline(panels[0], covered, TRUTH_COLOUR))
+        heat = _outline(heat, covered, TRUTH_COLOUR)
+    panels += [heat, _colour_bar(height, lo, hi, threshold)]
+    gap = np.full((height, GAP, 3), 255, dtype=np.uint8)
+    return Image.fromarray(np.hstack([part for panel in panels for part in (panel, gap)][:-1]))
+
+
+def _check_sheet(image: np.ndarray, score_map: np.ndarray, mask: np.ndarray | None) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise InputError(f"image is {image.shape} {image.dtype}, expected (H, W, 3) uint8")
+    for name, plane in (("score map", score_map), ("mask", mask)):
+        if plane is not None and plane.ndim != 2:
+            raise InputError(f"{name} has shape {plane.shape}, expected (H, W)")
+    if not np.isfinite(score_map).all():
+        raise InputError("the score map holds NaN or infinite values, expected finite scores")
+
+
+def _resize_plane(plane: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size, how))
+
+
+def _outline(picture: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """A line just outside the region, between two dark ones, so that any background shows it."""
+    square = np.ones((3, 3), dtype=bool)
+    line = ndimage.binary_dilation(region, square) & ~region
+    halo = ndimage.binary_dilation(line, square) & ~line
+    picture = picture.copy()
+    picture[halo] = picture[halo] // 4
+    picture[line] = colour
+    return picture
+
+
+def _colour_bar(height: int, lo: float, hi: float, threshold: float | None) -> np.ndarray:
+    bar, text = 16, 50
+    canvas = Image.new("RGB", (bar + text, height), "white")
+    ramp = matplotlib.colormaps[HEAT](np.linspace(1, 0, height), bytes=True)[:, None, :3]
+    canvas.paste(Image.fromarray(np.repeat(ramp, bar, axis=1)), (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(15)
+    draw.text((bar + 5, 1), f"{hi:.3g}", "black", font, anchor="lt")
+    draw.text((bar + 5, height - 2), f"{lo:.3g}", "black", font, anchor="lb")
+    if threshold is not None and lo <= threshold <= hi and hi > lo:
+        y = round((height - 1) * (hi - threshold) / (hi - lo))
+        draw.line([(0, y), (bar + 3, y)], "white", 3)
+        draw.line([(0, y), (bar + 3, y)], "black", 1)
+        if 20 < y < height - 20:
+            draw.text((bar + 5, y), f"{threshold:.3g}", "black", font, anchor="lm")
+    return np.asarray(canvas)
