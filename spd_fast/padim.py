@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spd_fast.errors import InputError
 from spd_fast.files import atomic_path
-from spd_fast.models import feature_layers, load_backbone, new_backbone
+from spd_fast.models import FeatureLayers, load_backbone, new_backbone
 from spd_fast.ops.mahalanobis import (
     FACTOR_DTYPES,
     gaussian_factor,
@@ -72,9 +72,7 @@ class PaDiM:
 
     def _configure(self, backbone: str, preset: str, factor_dtype: str, device) -> None:
         if factor_dtype not in [str(d).removeprefix("torch.") for d in FACTOR_DTYPES]:
-            raise InputError(
-                f"factor_dtype is float32, float16 or bfloat16, got {factor_dtype!r}"
-            )
+            raise InputError(f"factor_dtype is float32, float16 or bfloat16, got {factor_dtype!r}")
         self.backbone, self.preset, self.factor_dtype = backbone, preset, factor_dtype
         self.settings = find_preset(preset)
         self.device = torch.device(device)
@@ -83,8 +81,8 @@ class PaDiM:
         self.grid: tuple[int, int] | None = None
 
     def _use(self, network: torch.nn.Module) -> None:
-        self.network = feature_layers(network).eval().to(
-            self.device, memory_format=torch.channels_last
+        self.network = (
+            FeatureLayers(network).eval().to(self.device, memory_format=torch.channels_last)
         )
 
     @torch.inference_mode()
@@ -125,7 +123,7 @@ class PaDiM:
             self.
 
         Raises:
-            InputError: fewer than two images, images of several sizes, features that are not finite.
+            InputError: fewer than two images, several image sizes, features that are not finite.
         """
         self.mean = self.factor = self.grid = None
         self.count = 0

@@ -47,7 +47,9 @@ def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
     """
     if preset.shorter_side:
         picture = Image.fromarray(image)
-        resized = np.asarray(picture.resize(_resized(picture.size, preset), Image.Resampling.LANCZOS))
+        resized = np.asarray(
+            picture.resize(_resized(picture.size, preset), Image.Resampling.LANCZOS)
+        )
         x = torch.from_numpy(_cut_centre(resized, preset.size).copy()).permute(2, 0, 1) / 255
     else:
         x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255

@@ -1,0 +1,36 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both make their own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp)
+# Set by CI: warnings of the compiler are errors.
+INSTALL_FLAGS ?=
+
+.PHONY: demo test lint format clean
+
+demo: $(BIN)/.installed
+	$(BIN)/spd-fast demo --out demo
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest -q
+
+lint:
+	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format:
+	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+$(BIN)/.installed: pyproject.toml CMakeLists.txt $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing spd-fast and what its tests and demo need; torch is a large download."
+	$(BIN)/pip install -e '.[test]' $(INSTALL_FLAGS)
+	touch $@
+
+clean:
+	rm -rf build demo .pytest_cache .ruff_cache

@@ -1,0 +1,278 @@
+"""The command line: `spd-fast`. Each command imports what it needs when it runs."""
+
+import argparse
+import os
+import sys
+
+from spd_fast import __version__
+from spd_fast.errors import InputError
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+TERMINATED = 143  # and after SIGTERM
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for wrong input, 130 or 143 if interrupted."""
+    options = _parser().parse_args(arguments)
+    if not sys.stderr.isatty():  # a log file wants few progress lines
+        os.environ.setdefault("TQDM_MININTERVAL", "5")
+    try:
+        return options.run(options) or 0
+    except InputError as error:
+        return _complain(str(error))
+    except OSError as error:  # a full disk, a directory that vanished
+        where = f" ({error.filename})" if error.filename else ""
+        return _complain(f"{error.strerror or error}{where}")
+    except KeyboardInterrupt:
+        print("spd-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _complain(message: str) -> int:
+    print(f"spd-fast: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spd-fast",
+        description="SPot-the-Difference pre-training and fast PaDiM for anomaly detection.",
+    )
+    parser.add_argument("--version", action="version", version=f"spd-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_info(commands)
+    _add_demo(commands)
+    _add_data(commands)
+    _add_views(commands)
+    _add_pretrain(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_report(commands)
+    return parser
+
+
+def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --------------------------------------------------------------------------------- info and demo
+
+
+def _add_info(commands) -> None:
+    _command(commands, "info", _info, "show versions, compiled code and available backends")
+
+
+def _info(options) -> None:
+    from spd_fast.info import describe
+
+    print(describe())
+
+
+def _add_demo(commands) -> None:
+    parser = _command(
+        commands, "demo", _demo, "pre-train with and without SPD on small real data, and compare"
+    )
+    parser.add_argument("--out", default="demo", help="output directory")
+
+
+def _demo(options) -> None:
+    from spd_fast.demo import demo
+
+    demo(options.out)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def _add_data(commands) -> None:
+    data = commands.add_parser("data", help="check or make data sets").add_subparsers(
+        dest="data_command", required=True, metavar="command"
+    )
+    check = _command(data, "check", _data_check, "compare a VisA tree with the paper's table 1")
+    check.add_argument("root", help="directory that holds the objects")
+    synth = _command(
+        data, "synth", _data_synth, "write a small synthetic data set in the official VisA layout"
+    )
+    synth.add_argument("--out", required=True, help="directory to make")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--normal", type=int, default=60, help="normal images per category")
+    synth.add_argument("--anomalous", type=int, default=20, help="anomalous images per category")
+    photos = _command(
+        data, "photos", _data_photos, "write crops of real photographs as an image folder"
+    )
+    photos.add_argument("--out", required=True, help="directory to make")
+    photos.add_argument("--count", type=int, default=200)
+    photos.add_argument("--seed", type=int, default=0)
+
+
+def _data_check(options) -> int:
+    from spd_fast.datasets.check import check_visa, format_check
+
+    reports = check_visa(options.root)
+    print(format_check(reports))
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _data_synth(options) -> None:
+    from spd_fast.datasets.synthetic import write_synthetic_visa
+
+    write_synthetic_visa(
+        options.out, options.seed, n_normal=options.normal, n_anomaly=options.anomalous
+    )
+    print(f"written: {options.out}")
+
+
+def _data_photos(options) -> None:
+    from spd_fast.datasets.photos import write_photographs
+
+    write_photographs(options.out, options.count, options.seed)
+    print(f"written: {options.out}")
+
+
+# ----------------------------------------------------------------------------------------- views
+
+
+def _add_views(commands) -> None:
+    parser = _command(commands, "views", _views, "draw a sheet of the views made of an image")
+    parser.add_argument("image")
+    parser.add_argument("--recipe", default="simsiam", choices=RECIPES)
+    parser.add_argument("--rows", type=int, default=4, help="epochs to draw, one per row")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="views.png", help="picture to write")
+
+
+def _views(options) -> None:
+    from spd_fast.sheet import write_views_sheet
+
+    write_views_sheet(
+        options.image, options.out, options.recipe, options.rows, options.size, options.seed
+    )
+    print(f"written: {options.out}")
+
+
+# -------------------------------------------------------------------------------------- pretrain
+
+RECIPES = ("simsiam", "moco", "simclr", "supervised")
+
+
+def _add_pretrain(commands) -> None:
+    parser = _command(commands, "pretrain", _pretrain, "pre-train a backbone")
+    add = parser.add_argument
+    add("--recipe", default="simsiam", choices=("simsiam",))
+    add(
+        "--spd",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the SPot-the-Difference regulariser",
+    )
+    add("--data", nargs="+", required=True, help="directories of images, one or more")
+    add("--backbone", default="resnet50", help="a torchvision ResNet")
+    add("--size", type=int, default=224, help="side of the views, pixels")
+    add("--batch-size", type=int, default=512)
+    add("--epochs", type=int, default=100)
+    add("--max-steps", type=int, help="stop after so many steps; the schedule spans them")
+    add("--eta", type=float, default=0.1, help="weight of the SPD loss")
+    add("--local-aug", default="smoothblend", choices=("smoothblend", "cutpaste"))
+    add("--lr", type=float, default=0.05, help="for a batch of 256; scaled with the batch")
+    add("--workers", type=int, default=2, help="threads that read and augment")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--skip-bad-images", action="store_true", help="replace unreadable images, and list them")
+    add("--out", required=True, help="directory of the run")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="go on from OUT/last.pt if it is there, or from the checkpoint given",
+    )
+
+
+def _pretrain(options) -> int:
+    from spd_fast.pretrain import PretrainConfig, pretrain
+
+    values = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    return pretrain(PretrainConfig(**values))
+
+
+# ------------------------------------------------------------------- evaluate, predict and report
+
+
+def _add_evaluate(commands) -> None:
+    parser = _command(commands, "evaluate", _evaluate, "fit and score every category of a data set")
+    add = parser.add_argument
+    add("--data", required=True, help="root of VisA (either layout) or MVTec-AD")
+    add("--protocol", default="1cls", choices=("1cls",))
+    add("--method", default="padim", choices=("padim",))
+    add("--backbone", default="resnet18", help="a torchvision ResNet")
+    add("--weights", default="imagenet", help="imagenet, random, or a checkpoint file")
+    add("--category", nargs="+", default=(), help="only these")
+    add("--preset", default="paper", choices=("paper", "anomalib"), help="image preparation")
+    add("--n-features", type=int, help="channels kept; default as in the PaDiM paper")
+    add("--factor-dtype", default="float32", choices=("float32", "float16"))
+    add("--name", help="label of the run in reports")
+    add("--batch-size", type=int, default=16)
+    add("--workers", type=int, default=4, help="threads that read images")
+    add("--seed", type=int, default=0, help="of the kept channels and of random weights")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
+    add("--save-models", action="store_true", help="write OUT/<category>/padim.pt for predict")
+    add("--out", required=True, help="output directory")
+
+
+def _evaluate(options) -> None:
+    from spd_fast.evaluate import EvaluateConfig, evaluate
+
+    values = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    evaluate(EvaluateConfig(**values | {"category": tuple(options.category)}))
+
+
+def _add_predict(commands) -> None:
+    parser = _command(commands, "predict", _predict, "score images with a saved detector")
+    parser.add_argument("--model", required=True, help="what evaluate --save-models wrote")
+    parser.add_argument("images", nargs="+", help="files or directories")
+    parser.add_argument("--out", required=True, help="output directory")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read images")
+    parser.add_argument("--skip-bad-images", action="store_true")
+
+
+def _predict(options) -> None:
+    from spd_fast.predict import predict
+
+    scores = predict(
+        options.model,
+        options.images,
+        options.out,
+        options.device,
+        options.workers,
+        options.skip_bad_images,
+    )
+    print(f"scores: {scores}")
+
+
+def _add_report(commands) -> None:
+    parser = _command(commands, "report", _report, "compare evaluations side by side in one page")
+    parser.add_argument("runs", nargs="+", help="output directories of evaluate")
+    parser.add_argument("--title", default="Anomaly detection")
+    parser.add_argument("--out", default="report.html", help="page to write")
+
+
+def _report(options) -> None:
+    from spd_fast.report import format_table, load_run, write_report
+
+    runs = [load_run(directory) for directory in options.runs]
+    write_report(runs, options.out, options.title)
+    print(format_table(runs))
+    print(f"report: {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

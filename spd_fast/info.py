@@ -1,0 +1,51 @@
+"""What this installation has: versions, compiled code, backends and why one cannot be used."""
+
+import platform
+from importlib import metadata
+
+PACKAGES = ("spd-fast", "torch", "torchvision", "numpy", "pillow", "scipy", "anomalib", "triton")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that is installed and matters to the numbers."""
+    found = {"python": platform.python_version()}
+    for name in (*PACKAGES, *DALI):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe() -> str:
+    """The text that `spd-fast info` prints."""
+    import torch
+
+    from spd_fast.ops import augment_views, mahalanobis  # noqa: F401  they fill OPERATIONS
+    from spd_fast.ops.backends import OPERATIONS, native
+
+    lines = ["versions"]
+    lines += [f"  {name:<22}{version}" for name, version in versions().items()]
+    lines += [
+        "machine",
+        f"  {'processor':<22}{platform.machine()}, {torch.get_num_threads()} threads",
+    ]
+    if torch.cuda.is_available():
+        lines += [f"  {'GPU':<22}{torch.cuda.get_device_name()}"]
+    else:
+        lines += [f"  {'GPU':<22}none that torch can use"]
+    lines += ["compiled module spd_fast._C"]
+    build = native.build_config() if native else {}
+    lines += [f"  {name:<22}{_text(value)}" for name, value in build.items()] or ["  not there"]
+    lines += ["operations, backends in order of preference"]
+    for operation, backends in OPERATIONS.items():
+        for i, backend in enumerate(backends):
+            state = "; ".join(backend.missing) or "available"
+            name = operation if i == 0 else ""
+            lines.append(f"  {name:<22}{backend.name:<11}{backend.device:<6}{state}")
+    return "\n".join(lines)
+
+
+def _text(value) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,572 @@
+import csv
+import os
+import random
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder as TorchvisionFolder
+
+from spd_fast.datasets import PROTOCOLS, Sample, check, read_dataset
+from spd_fast.datasets.check import check_visa, format_check
+from spd_fast.datasets.folder import ImageFolder
+from spd_fast.datasets.visa import (
+    OFFICIAL_CLASSES,
+    PAPER_NAMES,
+    TABLE_1,
+    TableRow,
+    draw_split,
+    read_split_csv,
+)
+from spd_fast.errors import InputError
+
+OFFICIAL = Path(__file__).parents[2] / "shared" / "visa" / "split_csv"
+needs_official = pytest.mark.skipif(
+    not OFFICIAL.is_dir(), reason=f"the official split files are not at {OFFICIAL}"
+)
+COUNTS = {  # normal images for training and test, per protocol; 100 anomalous images each
+    "candle": ((900, 100), (600, 400), (200, 800)),
+    "capsules": ((542, 60), (361, 241), (120, 482)),
+    "cashew": ((450, 50), (300, 200), (100, 400)),
+    "chewinggum": ((453, 50), (302, 201), (101, 402)),
+    "fryum": ((450, 50), (300, 200), (100, 400)),
+    "macaroni1": ((900, 100), (600, 400), (200, 800)),
+    "macaroni2": ((900, 100), (600, 400), (200, 800)),
+    "pcb1": ((904, 100), (602, 402), (201, 803)),
+    "pcb2": ((901, 100), (601, 400), (200, 801)),
+    "pcb3": ((905, 101), (604, 402), (201, 805)),
+    "pcb4": ((904, 101), (603, 402), (201, 804)),
+    "pipe_fryum": ((450, 50), (300, 200), (100, 400)),
+}
+ANOMALOUS = ((0, 100), (60, 40), (20, 80))  # for training and test, per protocol
+
+
+def expected_counts(name, protocol):
+    which = PROTOCOLS.index(protocol)
+    normal, anomalous = COUNTS[name][which], ANOMALOUS[which]
+    counts = {
+        ("train", "normal"): normal[0],
+        ("test", "normal"): normal[1],
+        ("train", "anomaly"): anomalous[0],
+        ("test", "anomaly"): anomalous[1],
+    }
+    return {key: count for key, count in counts.items() if count}
+
+
+def counts_of(rows):
+    return Counter((row.split, row.label) for row in rows)
+
+
+# --------------------------- small trees in the three layouts
+
+
+def write_visa(root, names=("candle", "widget"), normal=10, anomalous=5, classes=2):
+    """VisA as published, without split files; images of 8 x 6 pixels."""
+    for name in names:
+        data = root / name / "Data"
+        for folder in ("Images/Normal", "Images/Anomaly", "Masks/Anomaly"):
+            (data / folder).mkdir(parents=True)
+        rows = [["image", "label", "mask"]]
+        for k in range(normal):
+            Image.new("RGB", (8, 6)).save(data / f"Images/Normal/{k:04d}.JPG", "JPEG")
+            rows.append([f"{name}/Data/Images/Normal/{k:04d}.JPG", "normal", ""])
+        for k in range(anomalous):
+            Image.new("RGB", (8, 6)).save(data / f"Images/Anomaly/{k:03d}.JPG", "JPEG")
+            mask = np.zeros((6, 8), np.uint8)
+            mask[1:3, 2:4] = 1 + k % classes
+            Image.fromarray(mask).save(data / f"Masks/Anomaly/{k:03d}.png")
+            defects = "scratch" if k else "melt,big  dent"
+            rows.append(
+                [f"{name}/Data/Images/Anomaly/{k:03d}.JPG", defects, f"{name}/Data/Masks/{k}.png"]
+            )
+        write_csv(root / name / "image_anno.csv", rows)
+    return root
+
+
+def write_splits(root, names=("candle", "widget"), normal=10, anomalous=5):
+    """Split files as published: the rows in random order, CRLF."""
+    for protocol in PROTOCOLS:
+        rows = []
+        for name in names:
+            images = [
+                [f"{name}/Data/Images/{kind}/{k:0{digits}d}.JPG" for k in range(count)]
+                for kind, digits, count in (("Normal", 4, normal), ("Anomaly", 3, anomalous))
+            ]
+            rows += [
+                [row.object, row.split, row.label, row.image, row.mask]
+                for row in draw_split(name, *images, protocol)
+            ]
+        random.Random(1).shuffle(rows)
+        header = [["object", "split", "label", "image", "mask"]]
+        write_csv(root / "split_csv" / f"{protocol}.csv", header + rows, "\r\n")
+    return root
+
+
+def write_csv(path, rows, newline="\n"):
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file, lineterminator=newline).writerows(rows)
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).touch()
+    return root
+
+
+def reorganise(visa, save, protocol):
+    """What the official preparation script writes."""
+    for row in read_split_csv(visa / "split_csv" / f"{protocol}.csv"):
+        kind = "good" if row.label == "normal" else "bad"
+        base = f"{protocol}/{row.object}"
+        touch(save, f"{base}/{row.split}/{kind}/{Path(row.image).name}")
+        if row.mask:
+            level = "" if protocol == "1cls" else f"{row.split}/"
+            touch(save, f"{base}/ground_truth/{level}bad/{Path(row.mask).name}")
+    return save
+
+
+def write_mvtec(root):
+    return touch(
+        root,
+        *(f"bottle/train/good/00{k}.png" for k in range(4)),
+        *(f"bottle/test/{kind}/00{k}.png" for kind in ("good", "broken", "spot") for k in (0, 1)),
+        *(f"bottle/ground_truth/{k}_mask.png" for k in ("broken/000", "broken/001", "spot/000")),
+        "bottle/ground_truth/spot/001_mask.png",
+        "license.txt",
+    )
+
+
+def outline(dataset):
+    """What a layout does not change: part, label and file names of every image."""
+    return sorted(
+        (category.name, part, sample.label, sample.image.name, sample.mask and sample.mask.name)
+        for category in dataset
+        for part, samples in (("train", category.train), ("test", category.test))
+        for sample in samples
+    )
+
+
+# --------------------------- official split files
+
+
+@needs_official
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_official_split_files(protocol):
+    rows = read_split_csv(OFFICIAL / f"{protocol}.csv")
+    assert len(rows) == 10_821 and {row.object for row in rows} == set(COUNTS)
+    for name in COUNTS:
+        of_name = [row for row in rows if row.object == name]
+        assert counts_of(of_name) == expected_counts(name, protocol)
+    assert rows[0].line == 2 and rows[0].mask == "" and rows[0].image.startswith("candle/Data/")
+    mask = next(row.mask for row in rows if row.label == "anomaly")
+    assert mask.endswith(".png") and "\r" not in mask
+
+
+@needs_official
+def test_official_tree(tmp_path):
+    shutil.copytree(OFFICIAL, tmp_path / "split_csv")
+    rows = [r for r in read_split_csv(OFFICIAL / "1cls.csv") if r.object == "pcb3"]
+    touch(tmp_path, *(path for row in rows for path in (row.image, row.mask) if path))
+    for protocol in PROTOCOLS:
+        [category] = read_dataset(tmp_path, protocol, ["pcb3"])
+        train, test = COUNTS["pcb3"][PROTOCOLS.index(protocol)]
+        bad_train, bad_test = ANOMALOUS[PROTOCOLS.index(protocol)]
+        assert (len(category.train), len(category.test)) == (train + bad_train, test + bad_test)
+        assert sum(sample.label for sample in category.train) == bad_train
+    with pytest.raises(InputError, match=r"1cls\.csv line \d+: file candle/.* \(and 1199 more\)"):
+        read_dataset(tmp_path, "1cls", ["candle"])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("name", COUNTS)
+def test_drawn_splits_have_the_official_sizes(name, protocol):
+    normal = [f"{name}/Data/Images/Normal/{k:04d}.JPG" for k in range(TABLE_1[name].normal)]
+    anomalous = [f"{name}/Data/Images/Anomaly/{k:03d}.JPG" for k in range(100)]
+    rows = draw_split(name, normal, anomalous, protocol)
+    assert counts_of(rows) == expected_counts(name, protocol)
+    assert draw_split(name, normal[::-1], anomalous[::-1], protocol) == rows
+    assert sorted(row.image for row in rows) == sorted(normal + anomalous)
+    assert all((row.mask != "") == (row.label == "anomaly") for row in rows)
+
+
+def test_drawn_splits_are_nested_and_differ_between_categories():
+    def train(name, protocol):
+        images = [f"{name}/Data/Images/Normal/{k:04d}.JPG" for k in range(200)]
+        rows = draw_split(name, images, [], protocol)
+        return {Path(row.image).name for row in rows if row.split == "train"}
+
+    assert train("a", "2cls_fewshot") < train("a", "2cls_highshot") < train("a", "1cls")
+    assert train("a", "2cls_fewshot") != train("b", "2cls_fewshot")
+    first = ["0000.JPG", "0009.JPG", "0022.JPG", "0025.JPG"]
+    assert sorted(train("a", "2cls_fewshot"))[:4] == first  # the splits must never change
+
+
+def test_table_1():
+    assert sum(row.normal for row in TABLE_1.values()) == 9_621
+    assert sum(row.anomalous for row in TABLE_1.values()) == 1_200
+    assert set(TABLE_1) == set(PAPER_NAMES) == set(COUNTS)
+
+
+# --------------------------- reading VisA
+
+
+def test_visa_samples(tmp_path):
+    write_splits(write_visa(tmp_path))
+    candle, widget = read_dataset(tmp_path)
+    assert (candle.name, widget.name) == ("candle", "widget")
+    assert [sample.label for sample in candle.train] == [0] * 9
+    images = tmp_path / "candle/Data/Images"
+    masks = tmp_path / "candle/Data/Masks/Anomaly"
+    first, second = candle.test[:2]
+    assert first == Sample(images / "Anomaly/000.JPG", 1, masks / "000.png", "melt, big  dent")
+    assert second == Sample(images / "Anomaly/001.JPG", 1, masks / "001.png", "scratch")
+    assert candle.test[-1].mask is None and candle.test[-1].defect == ""
+    for samples in (candle.train, candle.test):
+        assert samples == sorted(samples, key=lambda sample: str(sample.image))
+        assert all(sample.image.is_file() for sample in samples)
+    assert not {s.image for s in candle.train} & {s.image for s in candle.test}
+
+
+def test_order_of_rows_and_columns_does_not_matter(tmp_path):
+    write_splits(write_visa(tmp_path))
+    expected = read_dataset(tmp_path)
+    path = tmp_path / "split_csv" / "1cls.csv"
+    header, *rows = csv.reader(path.read_text().splitlines())
+    rows = [[*row[::-1], "more"] for row in sorted(rows)]
+    write_csv(path, [[*header[::-1], "comment"], *rows])
+    path.write_text("\ufeff" + path.read_text(), encoding="utf-8")  # as spreadsheets write it
+    assert read_dataset(tmp_path) == expected
+
+
+def test_categories(tmp_path):
+    write_splits(write_visa(tmp_path))
+    shutil.rmtree(tmp_path / "candle")  # what is not asked for need not be there
+    assert [c.name for c in read_dataset(tmp_path, categories=["widget", "widget"])] == ["widget"]
+    with pytest.raises(InputError, match="no category 'nut'; it has candle, widget"):
+        read_dataset(tmp_path, categories=["widget", "nut"])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_without_split_files_the_fractions_are_used(tmp_path, protocol):
+    drawn = read_dataset(write_visa(tmp_path), protocol)
+    assert drawn == read_dataset(write_splits(tmp_path), protocol)
+
+
+def test_without_annotation_there_is_no_defect_name(tmp_path):
+    write_visa(tmp_path, ["candle"])
+    (tmp_path / "candle" / "image_anno.csv").unlink()
+    [candle] = read_dataset(tmp_path)
+    assert {sample.defect for sample in candle.test} == {""}
+
+
+SPLIT_FAULTS = {  # what is replaced in a split file by what, and the error
+    "column": ("object,split,label", "object,split,kind", "there is no column label"),
+    "split": ("candle,test", "candle,Test", "column split is 'Test', expected train or"),
+    "label": ("test,anomaly", "test,bad", "column label is 'bad', expected normal or anomaly"),
+    "file": ("Anomaly/001.JPG", "Anomaly/999.JPG", "file candle/Data/Images/Anomaly/999.JPG does"),
+    "mask": ("Anomaly/002.png", "Anomaly/888.png", "file candle/Data/Masks/Anomaly/888.png does"),
+    "no mask": ("candle/Data/Masks/Anomaly/002.png", "", "column mask is '', expected a file"),
+    "no image": ("candle/Data/Images/Anomaly/001.JPG", "", "column image is empty"),
+    "short row": (",candle/Data/Masks/Anomaly/002.png", "", "expected 5 columns"),
+    "twice": ("Anomaly/002.JPG", "Anomaly/001.JPG", "image candle/.* is already listed in line"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SPLIT_FAULTS)
+def test_faults_of_a_split_file(tmp_path, fault):
+    old, new, error = SPLIT_FAULTS[fault]
+    write_splits(write_visa(tmp_path, ["candle"]), ["candle"])
+    path = tmp_path / "split_csv" / "1cls.csv"
+    text = path.read_bytes().decode()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode())
+    with pytest.raises(InputError, match=rf"1cls\.csv line \d+: {error}") as caught:
+        read_dataset(tmp_path)
+    line = int(str(caught.value).split("line ")[1].split(":")[0])
+    assert line == 1 or new in path.read_text().splitlines()[line - 1]
+
+
+def test_split_file_that_is_missing_empty_or_binary(tmp_path):
+    write_splits(write_visa(tmp_path))
+    path = tmp_path / "split_csv" / "1cls.csv"
+    path.write_bytes(b"object,split,label,image,mask\r\n")
+    with pytest.raises(InputError, match=r"1cls\.csv lists no image"):
+        read_dataset(tmp_path)
+    path.write_bytes(b"\xff\xfe\x00\x01" * 9)
+    with pytest.raises(InputError, match=r"1cls\.csv is not a CSV file in UTF-8"):
+        read_dataset(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*1cls\.csv: No such file"):
+        read_dataset(tmp_path)
+
+
+def test_faults_of_an_annotation(tmp_path):
+    write_splits(write_visa(tmp_path))
+    path = tmp_path / "candle" / "image_anno.csv"
+    good = path.read_text()
+    path.write_text(good.replace("image,label,mask", "image,mask"))
+    with pytest.raises(InputError, match=r"image_anno\.csv line 1: there is no column label"):
+        read_dataset(tmp_path)
+    path.write_text(good.replace("scratch", " ", 1))
+    with pytest.raises(InputError, match=r"image_anno\.csv line 13: column label is empty"):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keep, error",
+    [
+        (lambda row: row["split"] == "test", "1cls: category candle has no train image"),
+        (lambda row: row["split"] == "train", "1cls: category candle has no test image"),
+        (lambda row: "train,normal" in row["key"] or row["label"] == "anomaly", "no normal test"),
+        (lambda row: row["label"] == "normal", "category candle has no anomalous test image"),
+    ],
+)
+def test_empty_parts(tmp_path, keep, error):
+    write_splits(write_visa(tmp_path, ["candle"]), ["candle"])
+    path = tmp_path / "split_csv" / "1cls.csv"
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    kept = [r for r in rows if keep(r | {"key": f"{r['split']},{r['label']}"})]
+    write_csv(path, [list(rows[0]), *(list(row.values()) for row in kept)])
+    with pytest.raises(InputError, match=error):
+        read_dataset(tmp_path)
+
+
+def test_labels_that_a_protocol_does_not_allow(tmp_path):
+    write_splits(write_visa(tmp_path, ["candle"]), ["candle"])
+    splits = tmp_path / "split_csv"
+    os.replace(splits / "1cls.csv", splits / "one")
+    shutil.copy(splits / "2cls_highshot.csv", splits / "1cls.csv")
+    os.replace(splits / "one", splits / "2cls_highshot.csv")
+    with pytest.raises(InputError, match="1cls: category candle has anomalous train images"):
+        read_dataset(tmp_path, "1cls")
+    with pytest.raises(InputError, match="2cls_highshot: .* candle has no anomalous train image"):
+        read_dataset(tmp_path, "2cls_highshot")
+
+
+def test_not_a_data_set(tmp_path):
+    with pytest.raises(InputError, match="there is no directory .*none"):
+        read_dataset(tmp_path / "none")
+    touch(tmp_path, "cat/0.jpg", "dog/1.jpg", "file.txt")
+    with pytest.raises(InputError, match="neither <object>/Data/Images .* nor <category>/train"):
+        read_dataset(tmp_path)
+    with pytest.raises(InputError, match="protocol is one of 1cls, .*; got '3shot'"):
+        read_dataset(tmp_path, "3shot")
+
+
+# --------------------------- MVTec-AD and reorganised VisA
+
+
+def test_mvtec(tmp_path):
+    [bottle] = read_dataset(write_mvtec(tmp_path))
+    assert [sample.image.name for sample in bottle.train] == [f"00{k}.png" for k in range(4)]
+    broken = tmp_path / "bottle/test/broken/000.png"
+    mask = tmp_path / "bottle/ground_truth/broken/000_mask.png"
+    assert bottle.test[0] == Sample(broken, 1, mask, "broken")
+    assert Counter(s.defect for s in bottle.test) == {"broken": 2, "": 2, "spot": 2}
+    assert [s.label for s in bottle.test] == [1, 1, 0, 0, 1, 1]
+    assert bottle.test == sorted(bottle.test, key=lambda sample: str(sample.image))
+
+
+def test_faults_of_mvtec(tmp_path):
+    write_mvtec(tmp_path)
+    with pytest.raises(InputError, match="its only protocol is 1cls, not 2cls_highshot"):
+        read_dataset(tmp_path, "2cls_highshot")
+    with pytest.raises(InputError, match="no category 'nut'; it has bottle"):
+        read_dataset(tmp_path, categories=["nut"])
+    mask = tmp_path / "bottle/ground_truth/spot/001_mask.png"
+    mask.unlink()
+    error = r"test/spot/001\.png has no mask; looked for .*spot/001_mask\.png, .*spot/001\.png"
+    with pytest.raises(InputError, match=error):
+        read_dataset(tmp_path)
+    mask.touch()
+    shutil.rmtree(tmp_path / "bottle/test")
+    with pytest.raises(InputError, match="category bottle has no test image"):
+        read_dataset(tmp_path)
+    touch(tmp_path, "cable/train/readme.txt", "cable/test/good/0.png")
+    with pytest.raises(InputError, match="category cable has no train image"):
+        read_dataset(tmp_path, categories=["cable"])
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_reorganised_visa_is_the_same_data_set(tmp_path, protocol):
+    visa = write_splits(write_visa(tmp_path / "visa"))
+    save = reorganise(visa, tmp_path / "save", protocol)
+    expected = outline(read_dataset(visa, protocol))
+    assert outline(read_dataset(save, protocol)) == expected
+    assert outline(read_dataset(save / protocol, protocol)) == expected
+    samples = [s for category in read_dataset(save, protocol) for s in category.test]
+    assert {sample.defect for sample in samples} == {""}  # "bad" says nothing of the type
+    (save / protocol).rename(tmp_path / "visa_pytorch")
+    assert outline(read_dataset(tmp_path / "visa_pytorch", protocol)) == expected
+
+
+def test_reorganised_visa_has_only_the_protocols_that_were_prepared(tmp_path):
+    visa = write_splits(write_visa(tmp_path / "visa"))
+    save = reorganise(visa, tmp_path / "save", "2cls_fewshot")
+    with pytest.raises(InputError, match="holds the protocols 2cls_fewshot, but not 1cls"):
+        read_dataset(save, "1cls")
+    with pytest.raises(InputError, match="holds the protocol 2cls_fewshot, not 2cls_highshot"):
+        read_dataset(save / "2cls_fewshot", "2cls_highshot")
+    (save / "2cls_fewshot").rename(tmp_path / "other")
+    with pytest.raises(InputError, match="1cls: category candle has anomalous train images"):
+        read_dataset(tmp_path / "other", "1cls")
+
+
+# --------------------------- folders of images
+
+
+def test_image_folder_equals_torchvision(tmp_path):
+    names = ("b/2.JPEG", "b/10.png", "a/deep/er/1.jpg", "a/0.jpg", "c/x.webp", "b/notes.txt")
+    touch(tmp_path, *names)
+    ours, theirs = ImageFolder(tmp_path), TorchvisionFolder(tmp_path)
+    assert ours.classes == theirs.classes == ["a", "b", "c"]
+    pairs = zip(map(str, ours.paths), ours.labels)
+    assert sorted(pairs) == sorted(theirs.samples) and len(ours) == 5
+    assert ours.paths == sorted(ours.paths)
+
+
+def test_image_folder_of_several_roots(tmp_path):
+    touch(tmp_path, "one/cat/1.jpg", "one/dog/1.jpg", "two/cat/2.jpg", "two/0.jpg", "two/ant/3.jpg")
+    data = ImageFolder([tmp_path / "two", str(tmp_path / "one")])
+    assert data.classes == ["ant", "cat", "dog", "two"]
+    found = [
+        (str(p.relative_to(tmp_path)), data.classes[k]) for p, k in zip(data.paths, data.labels)
+    ]
+    assert found == [
+        ("two/0.jpg", "two"),
+        ("two/ant/3.jpg", "ant"),
+        ("two/cat/2.jpg", "cat"),
+        ("one/cat/1.jpg", "cat"),
+        ("one/dog/1.jpg", "dog"),
+    ]
+
+
+def test_image_folder_named_by_a_relative_path(tmp_path, monkeypatch):
+    touch(tmp_path, "photos/1.jpg")
+    monkeypatch.chdir(tmp_path / "photos")
+    assert ImageFolder(".").classes == ["photos"]
+
+
+def test_image_folder_follows_links_but_not_in_circles(tmp_path):
+    touch(tmp_path, "root/a/1.jpg", "root/b/2.jpg", "elsewhere/3.jpg", "root/.cache/9.jpg")
+    root = tmp_path / "root"
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "itself").symlink_to("itself")
+    (root / "a" / "to_b").symlink_to(root / "b")
+    (root / "b" / "to_a").symlink_to(root / "a")
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    (root / "b" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    data = ImageFolder(root)
+    found = {str(path.relative_to(root)) for path in data.paths}
+    assert found >= {"a/1.jpg", "b/2.jpg", "c/3.jpg", "a/to_b/2.jpg", "b/to_a/1.jpg", "b/gone.jpg"}
+    assert len(found) == len(data) < 12 and data.classes == ["a", "b", "c"]
+
+
+def test_image_folder_without_images(tmp_path):
+    touch(tmp_path, "full/1.jpg", "empty/notes.txt")
+    with pytest.raises(InputError, match="there is no image in .*empty or below"):
+        ImageFolder([tmp_path / "full", tmp_path / "empty"])
+    with pytest.raises(InputError, match="there is no directory .*none"):
+        ImageFolder(tmp_path / "none")
+    with pytest.raises(InputError, match="no directory of images"):
+        ImageFolder([])
+
+
+# --------------------------- checking a VisA tree
+
+
+def report_of(root, name):
+    return next(report for report in check_visa(root) if report.name == name)
+
+
+def test_check_of_a_complete_tree(tmp_path, monkeypatch):
+    table = {"candle": TableRow(10, 5, 2), "pipe_fryum": TableRow(10, 5, 1)}
+    monkeypatch.setattr(check, "TABLE_1", table)
+    monkeypatch.setitem(OFFICIAL_CLASSES, "pipe_fryum", 2)
+    names = ["candle", "pipe_fryum", "widget"]
+    reports = check_visa(write_splits(write_visa(tmp_path, names), names))
+    assert [(r.name, r.normal, r.anomalous, r.masks, r.classes) for r in reports] == [
+        (name, 10, 5, 5, 2) for name in names
+    ]
+    assert all(report.ok for report in reports)
+    text = format_check(reports)
+    assert "Problems" not in text and "No fault found" in text
+    assert "widget" in text and "not one of VisA's 12" in text
+    assert "- pipe_fryum: Table 1 prints 1 defect classes, a misprint" in text
+
+
+def test_check_says_what_table_1_misses(tmp_path):
+    reports = check_visa(write_visa(tmp_path, ["candle"]))
+    assert [report.name for report in reports] == sorted(TABLE_1)
+    assert not any(report.ok for report in reports)
+    text = format_check(reports)
+    assert "10/1000" in text and "candle: normal images: 10, Table 1 has 1000" in text
+    assert "defect classes in the masks: 2, expected 8" in text
+    assert "capsules, cashew, chewinggum" in text and "the folder is missing" in text
+    assert "12 of 12 objects have problems" in text and "there is no split_csv" in text
+
+
+def test_check_of_another_data_set(tmp_path):
+    [report] = check_visa(write_splits(write_visa(tmp_path, ["widget"]), ["widget"]))
+    assert report.ok and report.expected is None
+    assert "none of the objects is one of VisA's 12" in format_check([report])
+
+
+CHECK_FAULTS = {  # what is done to the tree, and the sentence
+    "no mask": (lambda r: (r / "Data/Masks/Anomaly/003.png").unlink(), "without a mask: 003.JPG"),
+    "no image": (
+        lambda r: (r / "Data/Images/Anomaly/003.JPG").unlink(),
+        "masks without an anomalous image: 003.png",
+    ),
+    "size": (
+        lambda r: Image.new("L", (6, 8), 1).save(r / "Data/Masks/Anomaly/001.png"),
+        "of another size than their image: 001.png (6 x 8, image 8 x 6)",
+    ),
+    "empty mask": (
+        lambda r: Image.new("L", (8, 6)).save(r / "Data/Masks/Anomaly/001.png"),
+        "masks without an anomalous pixel: 001.png",
+    ),
+    "bad mask": (
+        lambda r: (r / "Data/Masks/Anomaly/001.png").write_bytes(b"no"),
+        "001.png: not an image",
+    ),
+    "listed": (
+        lambda r: (r / "Data/Images/Normal/0007.JPG").unlink(),
+        "2cls_highshot.csv lists missing files: widget/Data/Images/Normal/0007.JPG",
+    ),
+    "not listed": (
+        lambda r: touch(r, "Data/Images/Normal/0010.JPG"),
+        "1cls.csv does not list widget/Data/Images/Normal/0010.JPG",
+    ),
+    "annotation": (lambda r: (r / "image_anno.csv").write_text("image\n"), "there is no column"),
+    "split file": (
+        lambda r: (r.parent / "split_csv/2cls_fewshot.csv").unlink(),
+        "2cls_fewshot.csv: No such file",
+    ),
+    "folder": (lambda r: shutil.rmtree(r), "the folder is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", CHECK_FAULTS)
+def test_check_finds(tmp_path, fault):
+    damage, sentence = CHECK_FAULTS[fault]
+    names = ["bolt", "widget"]
+    write_splits(write_visa(tmp_path, names), names)
+    assert report_of(tmp_path, "widget").ok
+    damage(tmp_path / "widget")
+    report = report_of(tmp_path, "widget")
+    assert not report.ok and any(sentence in problem for problem in report.problems)
+    assert sentence in format_check([report])
+    assert report_of(tmp_path, "bolt").ok == (fault != "split file")
+
+
+def test_check_of_something_else(tmp_path):
+    with pytest.raises(InputError, match="there is no directory"):
+        check_visa(tmp_path / "none")
+    with pytest.raises(InputError, match="not VisA as published: it holds no <object>/Data/Images"):
+        check_visa(write_mvtec(tmp_path))

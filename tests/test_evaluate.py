@@ -1,0 +1,195 @@
+import csv
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from spd_fast import InputError
+from spd_fast.cli import main
+from spd_fast.evaluate import EvaluateConfig, evaluate, in_threads
+from spd_fast.padim import PaDiM
+
+
+def small_visa(root, categories=("board", "nut"), normal=10, anomalous=3):
+    """A data set in the official VisA layout: dark discs on gray, defects are bright squares."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for category in categories:
+        base = root / category / "Data"
+        for folder in ("Images/Normal", "Images/Anomaly", "Masks/Anomaly"):
+            (base / folder).mkdir(parents=True)
+        for kind, count in (("Normal", normal), ("Anomaly", anomalous)):
+            for i in range(count):
+                pixels = rng.normal(128, 12, (60, 80, 3))
+                pixels[20:40, 30:50] -= 60
+                relative = f"{category}/Data/Images/{kind}/{i:03d}.JPG"
+                mask = ""
+                if kind == "Anomaly":
+                    pixels[25:33, 34:44] += 120
+                    plane = np.zeros((60, 80), np.uint8)
+                    plane[25:33, 34:44] = 1 + i % 2
+                    mask = f"{category}/Data/Masks/Anomaly/{i:03d}.png"
+                    Image.fromarray(plane).save(root / mask)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    root / relative, "JPEG", quality=95
+                )
+                split = "test" if kind == "Anomaly" or i >= normal - 3 else "train"
+                label = "anomaly" if kind == "Anomaly" else "normal"
+                rows.append((category, split, label, relative, mask))
+    (root / "split_csv").mkdir()
+    with open(root / "split_csv" / "1cls.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("object", "split", "label", "image", "mask"))
+        writer.writerows(rows)
+    return root
+
+
+@pytest.fixture(scope="module")
+def visa(tmp_path_factory):
+    return small_visa(tmp_path_factory.mktemp("visa"))
+
+
+def config(visa, directory, **changes) -> EvaluateConfig:
+    values = dict(data=str(visa), out=str(directory), weights="random", n_features=20)
+    return EvaluateConfig(**values | dict(batch_size=4, workers=2) | changes)
+
+
+def test_evaluate_writes_table_results_and_report(visa, tmp_path, capsys):
+    run = evaluate(config(visa, tmp_path, name="small", save_models=True))
+    printed = capsys.readouterr().out
+    assert "board" in printed and "Mean" in printed and "report.html" in printed
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [c["name"] for c in stored["categories"]] == ["board", "nut"]
+    assert stored["config"]["n_features"] == 20 and stored["versions"]["torch"]
+    board = stored["categories"][0]
+    assert (board["n_train"], board["n_test"], board["n_anomalous"]) == (7, 6, 3)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64") == sum(
+        len(c["examples"]) for c in stored["categories"]
+    )
+    assert run["dir"] == tmp_path
+
+    # the numbers are those of the saved model, by scikit-learn
+    from spd_fast.datasets import read_dataset
+    from spd_fast.datasets.images import read_image, read_mask
+    from spd_fast.preprocess import PRESETS, prepare_image, prepare_mask
+
+    model = PaDiM.load(tmp_path / "board" / "padim.pt")
+    category = read_dataset(visa)[0]
+    maps, scores, masks, labels = [], [], [], []
+    for sample in category.test:
+        image = read_image(sample.image)
+        score_map, score = model.score(prepare_image(image, PRESETS["paper"])[None])
+        mask = read_mask(sample.mask) if sample.mask else np.zeros(image.shape[:2], bool)
+        maps.append(score_map[0].numpy())
+        scores.append(float(score))
+        masks.append(prepare_mask(mask, PRESETS["paper"]))
+        labels.append(sample.label)
+    assert board["image"]["au_roc"] == pytest.approx(roc_auc_score(labels, scores))
+    truth, values = np.ravel(masks), np.ravel(maps)
+    assert board["pixel"]["au_roc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-4)
+    assert board["pixel"]["average_precision"] == pytest.approx(
+        average_precision_score(truth, values), abs=1e-3
+    )
+
+
+def test_an_interrupted_evaluation_goes_on(visa, tmp_path, capsys):
+    evaluate(config(visa, tmp_path, category=("board",)))
+    before = (tmp_path / "board" / "result.json").stat().st_mtime_ns
+    evaluate(config(visa, tmp_path))
+    assert (tmp_path / "board" / "result.json").stat().st_mtime_ns == before
+    assert (tmp_path / "nut" / "result.json").exists()
+    evaluate(config(visa, tmp_path, seed=1))
+    assert (tmp_path / "board" / "result.json").stat().st_mtime_ns != before
+
+
+def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
+    root = small_visa(tmp_path / "visa", ("board",))
+    bad = root / "board/Data/Images/Normal/002.JPG"
+    bad.write_bytes(bad.read_bytes()[:500])
+    with pytest.raises(InputError, match="002.JPG"):
+        evaluate(config(root, tmp_path / "out"))
+    assert not (tmp_path / "out" / "results.json").exists()
+    run = evaluate(config(root, tmp_path / "out", skip_bad_images=True))
+    assert run["categories"][0]["n_train"] == 6
+    assert list(run["skipped_images"]) == [str(bad)]
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_a_mask_of_another_size_is_named(tmp_path):
+    root = small_visa(tmp_path / "visa", ("board",))
+    mask = root / "board/Data/Masks/Anomaly/001.png"
+    Image.fromarray(np.ones((9, 9), np.uint8)).save(mask)
+    with pytest.raises(InputError, match="001.png"):
+        evaluate(config(root, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(method="magic"), "method is one of padim"),
+        (dict(category=("screw",)), "screw"),
+        (dict(backbone="resnet999"), "resnet999"),
+        (dict(weights="nowhere.pt"), "nowhere.pt"),
+        (dict(preset="mine"), "preset is one of"),
+        (dict(device="tpu9"), "device"),
+        (dict(out="/proc/spd-fast"), "/proc/spd-fast: "),
+    ],
+)
+def test_wrong_configuration_is_one_sentence(visa, tmp_path, changes, message, capsys):
+    with pytest.raises(InputError, match=message):
+        evaluate(config(visa, tmp_path / "out", **changes))
+
+
+def test_a_full_disk_leaves_the_old_results(visa, tmp_path):
+    """A limit on file size stands in for a full disk: the write fails half-way."""
+    evaluate(config(visa, tmp_path, category=("board",)))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    arguments = ["evaluate", "--data", str(visa), "--weights", "random", "--n-features", "20"]
+    arguments += ["--category", "board", "--batch-size", "4", "--seed", "7", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "spd_fast.cli", *arguments],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_predict(visa, tmp_path, capsys):
+    evaluate(config(visa, tmp_path / "run", category=("board",), save_models=True))
+    arguments = ["predict", "--model", str(tmp_path / "run/board/padim.pt")]
+    images = visa / "board/Data/Images"
+    out = tmp_path / "heat"
+    arguments += [str(images / "Anomaly"), str(images / "Normal/008.JPG"), "--out", str(out)]
+    assert main(arguments) == 0
+    rows = list(csv.DictReader(open(out / "scores.csv", newline="")))
+    assert list(rows[0]) == ["image", "score", "heat_map"] and len(rows) == 4
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert rows[-1]["image"].endswith("Normal/008.JPG")
+    assert all(Image.open(out / row["heat_map"]).width > 600 for row in rows)
+    assert main(["predict", "--model", "none.pt", *arguments[3:]]) == 2
+    assert "none.pt" in capsys.readouterr().err
+
+
+def test_in_threads_keeps_the_order_and_reads_ahead_only_a_little():
+    started = []
+
+    def work(i):
+        started.append(i)
+        return i * i
+
+    results = in_threads(work, range(1000), workers=3)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert len(started) <= 5 + 6
+    results.close()
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda i: 1 // i, [1, 0, 2], workers=2))

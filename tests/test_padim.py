@@ -1,0 +1,181 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.distance import mahalanobis
+from skimage import data as photographs
+
+from spd_fast import InputError, PaDiM, reference
+from spd_fast.preprocess import PRESETS, displayed_image, prepare_image, prepare_mask
+
+
+def photo_crops(n: int, preset: str, seed: int = 0) -> torch.Tensor:
+    """(n, 3, size, size): shifted crops of one photograph, so that features have real structure."""
+    photo = photographs.coffee()
+    rng = np.random.default_rng(seed)
+    crops = []
+    for _ in range(n):
+        top, left = rng.integers(0, 40, 2)
+        crop = photo[top : top + 350, left : left + 500].astype(float) * rng.uniform(0.9, 1.1)
+        crop += rng.normal(0, 3, crop.shape)
+        crops.append(prepare_image(crop.clip(0, 255).astype(np.uint8), PRESETS[preset]))
+    return torch.stack(crops)
+
+
+def fitted(preset: str, n: int = 12, **kwargs) -> tuple[PaDiM, torch.Tensor]:
+    train = photo_crops(n, preset)
+    return PaDiM(weights="random", preset=preset, **kwargs).fit(train.split(5)), train
+
+
+def defective(images: torch.Tensor) -> torch.Tensor:
+    images = images.clone()
+    images[:, :, 90:120, 100:130] += 1.5
+    return images
+
+
+def test_map_equals_anomalib():
+    from anomalib.models.image.padim.torch_model import PadimModel
+
+    model, train = fitted("anomalib")
+    theirs = PadimModel("resnet18", ["layer1", "layer2", "layer3"], pre_trained=False)
+    missing = theirs.feature_extractor.feature_extractor.load_state_dict(
+        model.network.state_dict(), strict=False
+    )
+    assert not [name for name in missing.missing_keys if not name.startswith("layer4")]
+    theirs.idx = model.channels.clone()
+    theirs.train()
+    theirs.feature_extractor.eval()
+    with torch.no_grad():
+        theirs(train)
+        theirs.fit()
+    theirs.eval()
+    test = torch.cat([train[:2], defective(photo_crops(2, "anomalib", seed=9))])
+    with torch.no_grad():
+        expected = theirs(test)
+    maps, scores = model.score(test)
+    relative = (maps - expected.anomaly_map[:, 0]).abs() / expected.anomaly_map[:, 0]
+    assert relative.max() < 1e-3
+    torch.testing.assert_close(scores, expected.pred_score.flatten(), rtol=1e-3, atol=0)
+    assert scores[2:].min() > scores[:2].max()
+
+
+def test_map_equals_scipy():
+    """The paper's definition in float64: numpy.cov, its inverse, scipy's distance and filter."""
+    model, train = fitted("paper", n_features=30)
+    test = defective(photo_crops(1, "paper", seed=5))
+    x = reference.embed(model.features(train), model.channels).double().flatten(2).numpy()
+    y = reference.embed(model.features(test), model.channels).double().flatten(2).numpy()
+    distances = np.empty(x.shape[2])
+    for p in range(x.shape[2]):
+        inverse = np.linalg.inv(np.cov(x[:, :, p], rowvar=False) + 0.01 * np.eye(30))
+        distances[p] = mahalanobis(y[0, :, p], x[:, :, p].mean(0), inverse)
+    grid = torch.from_numpy(distances).view(1, 1, 56, 56)
+    upsampled = F.interpolate(grid, size=(224, 224), mode="bilinear", align_corners=False)
+    expected = gaussian_filter(upsampled[0, 0].numpy(), sigma=4)
+    maps, scores = model.score(test)
+    assert np.abs(maps[0].numpy() / expected - 1).max() < 1e-3
+    assert scores[0].item() == pytest.approx(expected.max(), rel=1e-3)
+
+
+def test_batches_do_not_matter():
+    model, train = fitted("paper")
+    again = PaDiM(weights="random", preset="paper").fit(train.split(12))
+    assert torch.equal(again.channels, model.channels)
+    maps, scores = model.score(train[:4])
+    torch.testing.assert_close(again.score(train[:4])[0], maps, rtol=1e-3, atol=1e-3)
+    one_by_one = torch.cat([model.score(image[None])[0] for image in train[:4]])
+    torch.testing.assert_close(one_by_one, maps, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_factor():
+    model, train = fitted("paper")
+    half = PaDiM(weights="random", factor_dtype="float16").fit(train.split(5))
+    assert half.factor.dtype == torch.float16
+    maps, _ = model.score(train[:3])
+    assert ((half.score(train[:3])[0] - maps).abs() / maps).max() < 2e-3
+
+
+@pytest.mark.parametrize("factor_dtype", ["float32", "float16", "bfloat16"])
+def test_save_and_load(tmp_path, factor_dtype):
+    model, train = fitted("anomalib", n_features=20, factor_dtype=factor_dtype)
+    model.save(tmp_path / "padim.pt")
+    loaded = PaDiM.load(tmp_path / "padim.pt")
+    assert loaded.preset == "anomalib" and loaded.count == 12
+    for ours, theirs in zip(loaded.score(train[:2]), model.score(train[:2])):
+        assert torch.equal(ours, theirs)
+
+
+def test_wrong_use_is_named(tmp_path):
+    model, train = fitted("paper", n_features=10)
+    with pytest.raises(InputError, match="at least 2 images to fit a covariance, got 1"):
+        PaDiM(weights="random", n_features=10).fit([train[:1]])
+    with pytest.raises(InputError, match="not fitted"):
+        PaDiM(weights="random").score(train)
+    with pytest.raises(InputError, match="not fitted"):
+        PaDiM(weights="random").save(tmp_path / "x.pt")
+    with pytest.raises(InputError, match="fitted on 56 x 56"):
+        model.score(train[:, :, :128, :128])
+    with pytest.raises(InputError, match=r"must be a float \(B, 3, H, W\)"):
+        model.score(train[0])
+    broken = train[:3].clone()
+    broken[1, 0, 5, 5] = torch.nan
+    with pytest.raises(InputError, match=r"NaN or infinite features for images \[1\]"):
+        model.score(broken)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        model.fit([train, broken])
+    with pytest.raises(InputError, match="not fitted"):  # a failed fit leaves no half-made model
+        model.score(train)
+    with pytest.raises(InputError, match="preset is one of paper, anomalib"):
+        PaDiM(weights="random", preset="mine")
+    with pytest.raises(InputError, match="n_features must be 1..448"):
+        PaDiM(weights="random", n_features=449)
+    with pytest.raises(InputError, match="n_features has no default for resnet34"):
+        PaDiM("resnet34", weights="random")
+    with pytest.raises(InputError, match="factor_dtype"):
+        PaDiM(weights="random", factor_dtype="int8")
+    with pytest.raises(InputError, match="there is no file"):
+        PaDiM.load(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(InputError, match="text.pt is not a saved PaDiM"):
+        PaDiM.load(tmp_path / "text.pt")
+    torch.save({"format": "something else"}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="lacks the mark"):
+        PaDiM.load(tmp_path / "other.pt")
+
+
+# ---------------------------------------------------------------------------------- preparation
+
+
+def test_paper_preset_is_resize_and_centre_crop():
+    from PIL import Image
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize, ToTensor
+
+    photo = photographs.coffee()[:333]
+    lanczos = Compose([Resize(256, InterpolationMode.LANCZOS), CenterCrop(224), ToTensor()])
+    expected = lanczos(Image.fromarray(photo))
+    ours = displayed_image(prepare_image(photo, PRESETS["paper"]))
+    assert np.array_equal(ours, (expected * 255).round().byte().permute(1, 2, 0).numpy())
+    mask = photo[..., 0] > 128
+    nearest = Compose([Resize(256, InterpolationMode.NEAREST), CenterCrop(224)])
+    expected = np.asarray(nearest(Image.fromarray(mask.astype(np.uint8)))).astype(bool)
+    assert np.array_equal(prepare_mask(mask, PRESETS["paper"]), expected)
+
+
+def test_anomalib_preset_is_a_square():
+    photo = photographs.coffee()
+    prepared = prepare_image(photo, PRESETS["anomalib"])
+    tensor = torch.from_numpy(photo).permute(2, 0, 1).float()[None] / 255
+    expected = F.interpolate(tensor, (256, 256), mode="bilinear", antialias=True)[0]
+    assert np.abs(displayed_image(prepared) - (expected * 255).permute(1, 2, 0).numpy()).max() < 0.6
+    mask = prepare_mask(photo[..., 0] > 128, PRESETS["anomalib"])
+    assert mask.shape == (256, 256) and mask.dtype == bool and 0 < mask.mean() < 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (255, 257), (1000, 31)])
+def test_any_image_size_is_prepared(preset, shape):
+    size = PRESETS[preset].size
+    image = np.full((*shape, 3), 100, np.uint8)
+    assert prepare_image(image, PRESETS[preset]).shape == (3, size, size)
+    assert prepare_mask(np.ones(shape, bool), PRESETS[preset]).all()
