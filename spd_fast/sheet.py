@@ -21,7 +21,7 @@ NAMES = {
     3: ("x", "x+ (SPD positive)", "x- (SPD negative)"),
     4: ("x", "x hat", "x+ (SPD positive)", "x- (SPD negative)"),
 }
-MARGIN, CAPTION, BACKGROUND = 8, 34, (250, 250, 250)
+MARGIN, CAPTION, BACKGROUND = 8, 46, (250, 250, 250)
 
 
 def write_views_sheet(
@@ -61,7 +61,16 @@ def _place(sheet, picture, x: int, y: int, title: str, text: str, size: int) -> 
     sheet.paste(picture, (x, y))
     draw = ImageDraw.Draw(sheet)
     draw.text((x, y + size + 2), title, fill=(20, 20, 20), font=ImageFont.load_default(13))
-    draw.text((x, y + size + 18), text, fill=(90, 90, 90), font=ImageFont.load_default(10))
+    small = ImageFont.load_default(10)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, small) > size and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for number, line in enumerate(lines[:2]):
+        draw.text((x, y + size + 19 + 12 * number), line, fill=(90, 90, 90), font=small)
 
 
 def _describe(row: torch.Tensor) -> str:
