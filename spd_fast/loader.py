@@ -1,0 +1,259 @@
+"""The loader of pre-training: image files in, batches of views out, made by threads.
+
+Which samples a batch holds, and how they are augmented, depends on the seed, the epoch and the
+place in it; never on the number of threads or ranks, or on where a run was interrupted. Threads are
+enough: decoding and augmenting release the GIL.
+"""
+
+import hashlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spd_fast.datasets.folder import ImageFolder
+from spd_fast.datasets.images import read_image
+from spd_fast.errors import InputError
+from spd_fast.ops.augment_views import augment_views
+from spd_fast.recipes import Recipe
+from spd_fast.views import sample_view_params
+
+AHEAD = 2  # batches in the making while the consumer has one
+CHUNK = 8  # images per task: few enough to spread, enough to make the calls' cost small
+BACKENDS = ("auto", "torch")
+
+
+class Batch(NamedTuple):
+    """One rank's part of a batch."""
+
+    views: Tensor  # (V, N, 3, S, S), normalised; views[k] is one contiguous batch of view k
+    labels: Tensor  # (N,) int64, class of each image
+    indices: Tensor  # (N,) int64, place of each image in the data set; always on the CPU
+
+
+class ViewLoader:
+    """Shuffled batches of augmented views.
+
+    Iterating gives the batches of one epoch, from where the loader stands, and then moves on to the
+    next epoch: `for epoch in range(100): for batch in loader: ...`. A last batch that is not full
+    is left out. `state_dict` between two batches, anywhere in an epoch, describes what follows.
+
+    Epoch e visits the samples in an order that depends on (seed, e) only. Each global batch of
+    batch_size * world_size samples is a contiguous piece of it, of which rank r has the r-th part:
+    two ranks with batch_size B together see what one rank with 2B sees.
+
+    With `skip_bad_images`, a sample that cannot be read is replaced by the next sample of the data
+    set (by index, cyclically) that can, with that sample's label and views, and noted in
+    `bad_images`.
+
+    Args:
+        data: an ImageFolder, or the directories to make one of.
+        recipe: the views to make, from `spd_fast.recipes`.
+        batch_size: N, images per batch of this rank.
+        backend: "torch" (threads, this class); "auto" chooses it.
+        size: S, height and width of the views, pixels.
+        device: where the batches are delivered.
+        seed: of order and views, at least 0.
+        rank, world_size: which part of each global batch is this process's.
+        workers: threads that read and augment.
+        skip_bad_images: replace unreadable images instead of raising.
+        channels_last: memory order of the views; the fast one for convolutions.
+        dtype: of the views, see `spd_fast.augment_views`.
+
+    Attributes:
+        bad_images: path -> reason, of the images that were replaced.
+        wait_seconds: how long iterating has waited for views so far.
+
+    Raises:
+        InputError: no images, fewer than one global batch, or an argument out of range; while
+            iterating, an unreadable image (the message names it).
+    """
+
+    def __init__(
+        self,
+        data: ImageFolder | str | Path | Iterable[str | Path],
+        recipe: Recipe,
+        batch_size: int,
+        backend: str = "auto",
+        size: int = 224,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 2,
+        skip_bad_images: bool = False,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ):
+        if backend not in BACKENDS:
+            raise InputError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}")
+        for name, value in (("batch_size", batch_size), ("workers", workers), ("size", size)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if seed < 0 or not 0 <= rank < world_size:
+            raise InputError(
+                f"seed must be at least 0 and rank within 0..world_size - 1, got seed {seed}, "
+                f"rank {rank}, world_size {world_size}"
+            )
+        self.data = data if isinstance(data, ImageFolder) else ImageFolder(data)
+        self.recipe, self.batch_size, self.size = recipe, batch_size, size
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.seed, self.skip_bad_images = seed, skip_bad_images
+        self.channels_last, self.dtype = channels_last, dtype
+        self.device = torch.device(device)
+        self.labels = np.asarray(self.data.labels, dtype=np.int64)
+        self.epoch = 0
+        self.next_batch = 0  # within the epoch; what the consumer has not had yet
+        self.bad_images: dict[str, str] = {}
+        self.wait_seconds = 0.0
+        if len(self) == 0:
+            raise InputError(
+                f"a batch needs {batch_size * world_size} images, but the data has only "
+                f"{len(self.data)}"
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        return len(self.data) // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="spd-fast-loader")
+        try:
+            samples = self._samples(self.epoch)[self.next_batch :]
+            jobs = (self._start(pool, stop, self.epoch, indices) for indices in samples)
+            waiting = deque(islice(jobs, AHEAD))
+            while waiting:
+                batch = self._finish(*waiting.popleft())
+                waiting.extend(islice(jobs, 1))
+                self._advance()
+                yield batch
+        finally:  # the epoch's end, an error here, or the consumer has left: no thread stays behind
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _samples(self, epoch: int) -> np.ndarray:
+        """(batches, N) int64: the samples of this rank's batches."""
+        # Key word 1 is 1: `views` draws from the streams with 0. Sorting raw Philox numbers is the
+        # same for every numpy, which Generator.permutation does not promise.
+        philox = np.random.Philox(key=[self.seed, 1], counter=[0, 0, 0, epoch])
+        order = np.argsort(philox.random_raw(len(self.data)), kind="stable")
+        global_batches = order[: len(self) * self.batch_size * self.world_size]
+        return global_batches.reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
+
+    def _start(
+        self, pool: ThreadPoolExecutor, stop: threading.Event, epoch: int, indices: np.ndarray
+    ) -> tuple[Tensor, np.ndarray, list[Future]]:
+        """Set the tasks of one batch going; they fill its views and correct its indices."""
+        views, indices = self._empty_views(len(indices)), indices.copy()
+        tasks = []
+        for i in range(0, len(indices), CHUNK):
+            part = slice(i, i + CHUNK)
+            # The context carries `use_backend` over; each task needs its own copy.
+            run = copy_context().run
+            tasks.append(pool.submit(run, self._fill, views[:, part], indices[part], epoch, stop))
+        return views, indices, tasks
+
+    def _empty_views(self, n: int) -> Tensor:
+        v, s, pinned = len(self.recipe), self.size, self.device.type == "cuda"
+        if self.channels_last:
+            views = torch.empty(v, n, s, s, 3, dtype=self.dtype, pin_memory=pinned)
+            return views.permute(0, 1, 4, 2, 3)
+        return torch.empty(v, n, 3, s, s, dtype=self.dtype, pin_memory=pinned)
+
+    def _fill(self, out: Tensor, indices: np.ndarray, epoch: int, stop: threading.Event) -> None:
+        """Read the samples at `indices` (changed where one is replaced), write views to `out`."""
+        images = []
+        for k, index in enumerate(indices):
+            if stop.is_set():
+                return
+            image, indices[k] = self._read(int(index))
+            images.append(image)
+        sizes = [image.shape[:2] for image in images]
+        params = sample_view_params(self.recipe, sizes, indices, epoch, self.seed, self.size)
+        augment_views(images, params, out=out, threads=1)
+
+    def _read(self, index: int) -> tuple[np.ndarray, int]:
+        """The image at `index`, or the first readable one after it; and its index."""
+        n = len(self.data)
+        for step in range(n):
+            candidate = (index + step) % n
+            path = self.data.paths[candidate]
+            if str(path) in self.bad_images:
+                continue
+            try:
+                return read_image(path), candidate
+            except InputError as error:
+                if not self.skip_bad_images:
+                    raise
+                self.bad_images[str(path)] = str(error)
+        raise InputError(f"none of the {n} images of the data can be read")
+
+    def _finish(self, views: Tensor, indices: np.ndarray, tasks: list[Future]) -> Batch:
+        started = time.perf_counter()
+        for task in tasks:
+            task.result()
+        self.wait_seconds += time.perf_counter() - started
+        labels = torch.from_numpy(self.labels[indices])
+        return Batch(
+            views.to(self.device, non_blocking=True),
+            labels.to(self.device, non_blocking=True),
+            torch.from_numpy(indices),
+        )
+
+    def _advance(self) -> None:
+        self.next_batch += 1
+        if self.next_batch == len(self):
+            self.epoch, self.next_batch = self.epoch + 1, 0
+
+    def state_dict(self) -> dict:
+        """Where the loader stands, and which data it stands in; plain values only."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "next_batch": self.next_batch,
+            "global_batch": self.batch_size * self.world_size,
+            "images": len(self.data),
+            "fingerprint": self.fingerprint,
+            "bad_images": dict(self.bad_images),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state`, exactly; the number of ranks and threads may differ.
+
+        Raises:
+            InputError: the state is of other data, or of another global batch size.
+        """
+        own = self.state_dict()
+        if (state["images"], state["fingerprint"]) != (own["images"], own["fingerprint"]):
+            raise InputError(
+                f"the data is not the one of the saved state: {own['images']} images with "
+                f"fingerprint {own['fingerprint']} instead of {state['images']} with "
+                f"{state['fingerprint']}"
+            )
+        if state["global_batch"] != own["global_batch"]:
+            raise InputError(
+                f"batch_size * world_size is {own['global_batch']}, but {state['global_batch']} in "
+                f"the saved state"
+            )
+        self.seed, self.epoch, self.next_batch = state["seed"], state["epoch"], state["next_batch"]
+        self.bad_images = dict(state["bad_images"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files' names relative to their common directory, so that data may be moved."""
+        paths = [os.path.abspath(path) for path in self.data.paths]
+        common = os.path.commonpath({os.path.dirname(path) for path in paths})
+        names = "\0".join(path[len(common) :] for path in paths).replace(os.sep, "/")
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]

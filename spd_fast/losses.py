@@ -1,0 +1,39 @@
+"""The losses of the paper (formulas 1 to 3) and of SimSiam. All take (N, D) batches of vectors."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) cosine similarity of the rows of two (N, D) batches."""
+    return F.cosine_similarity(a, b, dim=1)
+
+
+def simsiam_loss(p: Tensor, p_hat: Tensor, z: Tensor, z_hat: Tensor) -> Tensor:
+    """-(cos(p, z_hat) + cos(p_hat, z)) / 2, the mean over the batch.
+
+    No gradient flows into the projections z (Chen & He 2021, algorithm 1); p are the predictions.
+    """
+    return -(cosine(p, z_hat.detach()).mean() + cosine(p_hat, z.detach()).mean()) / 2
+
+
+def info_nce(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
+    """Formula 1: -log of the softmax share of the positive pair, the mean over the batch.
+
+    The negatives of anchor i are the other anchors z_j of the batch; all vectors are L2-normalised.
+    """
+    z, z_hat = F.normalize(z, dim=1), F.normalize(z_hat, dim=1)
+    positive = (z * z_hat).sum(1, keepdim=True)
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    negative = (z @ z.T).masked_fill(own, -torch.inf)
+    logits = torch.cat([positive, negative], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long, device=z.device))
+
+
+def spd_loss(z: Tensor, z_neg: Tensor, z_pos: Tensor) -> Tensor:
+    """Formula 2: cos(z, z_neg) - cos(z, z_pos), the mean over the batch, in [-2, 2].
+
+    The gradient flows through all three projections.
+    """
+    return (cosine(z, z_neg) - cosine(z, z_pos)).mean()

@@ -1,0 +1,225 @@
+"""Networks: torchvision ResNets, SimSiam's heads, and reading weights from wherever they are."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from spd_fast.errors import InputError
+
+CHECKPOINT_FORMAT = "spd-fast checkpoint"
+CHECKPOINT_VERSION = 1
+WEIGHTS = "weights is imagenet, random, or a file: a checkpoint of spd-fast or a state dict"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device is auto, cpu or cuda, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name} was asked for, but torch finds no GPU here")
+    return device
+
+
+def resnet_names() -> list[str]:
+    """Backbones: every ResNet that torchvision has."""
+    names = torchvision.models.list_models(module=torchvision.models)  # not the quantized ones
+    return [name for name in names if "resne" in name]
+
+
+def new_backbone(name: str, **kwargs) -> nn.Module:
+    """A torchvision ResNet with fresh random weights.
+
+    Raises:
+        InputError: torchvision has no ResNet of that name.
+    """
+    if name not in resnet_names():
+        known = ", ".join(resnet_names())
+        raise InputError(f"backbone is one of torchvision's ResNets ({known}); got {name!r}")
+    return torchvision.models.get_model(name, weights=None, **kwargs)
+
+
+def load_backbone(name: str, weights: str | Path, seed: int = 0) -> nn.Module:
+    """A torchvision ResNet with given weights.
+
+    Args:
+        name: of the architecture.
+        weights: "random" (drawn from `seed`, the global generator stays as it is), "imagenet"
+            (torchvision's IMAGENET1K_V1), or a file: one of our checkpoints, or a torchvision state
+            dict with or without the classifier fc.
+
+    Raises:
+        InputError: unknown name, weights that cannot be downloaded, or a file that is not there, is
+            no checkpoint, or holds another architecture.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs as well
+        network = new_backbone(name)
+    if weights == "random":
+        return network
+    state = _download(name) if weights == "imagenet" else _read_state(Path(weights), name)
+    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    problem = _mismatch(network, state)
+    if problem:
+        held = _architecture_of(state)
+        if held:
+            raise _wrong_backbone(weights, held, name)
+        raise InputError(f"{weights} does not hold the weights of a {name}: {problem}")
+    network.load_state_dict(state, strict=False)  # all but fc, as just checked
+    return network
+
+
+def _mismatch(network: nn.Module, state: dict[str, Tensor]) -> str:
+    """Why `state` does not fit `network`, fc aside; empty if it does."""
+    expected = {k: v.shape for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    # Files from before batch norm counted its batches lack the counters; torch fills them in.
+    missing = {k for k in expected.keys() - state if not k.endswith("num_batches_tracked")}
+    extra = state.keys() - expected
+    other = {k for k in expected.keys() & state if expected[k] != state[k].shape}
+    return "; ".join(
+        f"{len(names)} tensors {how}, such as {min(names)}"
+        for names, how in ((missing, "missing"), (extra, "too many"), (other, "of other shape"))
+        if names
+    )
+
+
+def _architecture_of(state: dict[str, Tensor]) -> str | None:
+    for name in resnet_names():
+        with torch.device("meta"):
+            if not _mismatch(new_backbone(name), state):
+                return name
+    return None
+
+
+def _wrong_backbone(source: str | Path, held: str, asked: str) -> InputError:
+    return InputError(f"{source} holds a {held} backbone, but a {asked} was asked for")
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except Exception as error:  # no network, a full disk, a wrong hash, a damaged cache: many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"torchvision's ImageNet weights of {name} cannot be downloaded from {weights.url} "
+            f"({reason}): give a file with its state dict instead, or 'random'"
+        ) from error
+
+
+def _read_state(path: Path, name: str) -> dict[str, Tensor]:
+    if not path.exists():
+        raise InputError(f"there is no weights file {path}; {WEIGHTS}")
+    state = _read_file(path)
+    if isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT:
+        held = read_checkpoint(path)["config"]["backbone"]
+        if held != name:
+            raise _wrong_backbone(path, held, name)
+        return state["backbone"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no state dict of a network; {WEIGHTS}")
+    return state
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint of `spd_fast.pretrain`, on the CPU.
+
+    Raises:
+        InputError: it is missing, damaged, something else, or of another version.
+    """
+    if not Path(path).exists():
+        raise InputError(f"there is no checkpoint {path}")
+    state = _read_file(path)
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"{path} is not a checkpoint: it lacks the mark {CHECKPOINT_FORMAT!r}")
+    if state["version"] != CHECKPOINT_VERSION:
+        raise InputError(
+            f"{path} is a checkpoint of version {state['version']}, but this spd-fast reads "
+            f"version {CHECKPOINT_VERSION}"
+        )
+    return state
+
+
+def _read_file(path: str | Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # a directory, no permission
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises many kinds for files that are not its own
+        raise InputError(
+            f"{path} is no file of torch.save, or damaged ({type(error).__name__}); {WEIGHTS}"
+        ) from error
+
+
+class FeatureLayers(nn.Module):
+    """The stem and layer1 to layer3 of a ResNet; layer4 is never computed."""
+
+    def __init__(self, resnet: nn.Module):
+        super().__init__()
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+            setattr(self, name, getattr(resnet, name))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> [layer1, layer2, layer3], (B, C_l, H / 2^(l + 1), W / 2^(l + 1))."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        layer1 = self.layer1(x)
+        layer2 = self.layer2(layer1)
+        return [layer1, layer2, self.layer3(layer2)]
+
+
+def feature_layers(resnet: nn.Module) -> FeatureLayers:
+    """What PaDiM reads of a ResNet; shares its parameters."""
+    return FeatureLayers(resnet)
+
+
+class SimSiam(nn.Module):
+    """Backbone, projector and predictor (Chen & He 2021, section 3 and appendix A).
+
+    Args:
+        backbone: name of a torchvision ResNet.
+        dim: width of the projections.
+        predictor_dim: width of the predictor's bottleneck.
+    """
+
+    def __init__(self, backbone: str = "resnet50", dim: int = 2048, predictor_dim: int = 512):
+        super().__init__()
+        self.backbone = new_backbone(backbone, zero_init_residual=True)
+        width = self.backbone.fc.in_features
+        self.backbone.fc = nn.Identity()
+        self.projector = nn.Sequential(
+            *_hidden(width, width),
+            *_hidden(width, width),
+            nn.Linear(width, dim, bias=False),
+            nn.BatchNorm1d(dim, affine=False),
+        )
+        self.predictor = nn.Sequential(*_hidden(dim, predictor_dim), nn.Linear(predictor_dim, dim))
+
+    def project(self, views: Tensor) -> Tensor:
+        """(N, 3, S, S) -> projections z (N, dim)."""
+        return self.projector(self.backbone(views))
+
+    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, S, S) -> predictions p and projections z, both (N, dim)."""
+        z = self.project(views)
+        return self.predictor(z), z
+
+    def parameter_groups(self) -> list[dict]:
+        """For the optimizer: the predictor's rate stays fixed while that of the others decays."""
+        decaying = [*self.backbone.parameters(), *self.projector.parameters()]
+        return [
+            {"params": decaying, "fixed_lr": False},
+            {"params": list(self.predictor.parameters()), "fixed_lr": True},
+        ]
+
+
+def _hidden(n_in: int, n_out: int) -> list[nn.Module]:
+    return [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]

@@ -1,0 +1,202 @@
+import pytest
+import torch
+from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
+from torchvision.models import resnet18, resnet34, resnet50
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from spd_fast.errors import InputError
+from spd_fast.models import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_VERSION,
+    SimSiam,
+    feature_layers,
+    load_backbone,
+    new_backbone,
+    pick_device,
+    read_checkpoint,
+)
+
+
+def images(n: int = 4, size: int = 32) -> torch.Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------- backbones
+
+
+@pytest.mark.parametrize("build", [resnet18, resnet50])
+def test_feature_layers_equal_torchvisions_extractor(build):
+    network = build().eval()
+    names = ["layer1", "layer2", "layer3"]
+    with torch.no_grad():
+        expected = create_feature_extractor(network, names)(images(2, 64))
+        layers = feature_layers(network)(images(2, 64))
+    for name, layer in zip(names, layers, strict=True):
+        assert torch.equal(layer, expected[name])
+    assert not any(key.startswith("layer4") for key in feature_layers(network).state_dict())
+
+
+def test_unknown_backbone_lists_the_known():
+    for name in ("resnet19", "vgg16", "quantized_resnet18"):
+        with pytest.raises(InputError, match="resnet18.*wide_resnet50_2.*got '" + name):
+            new_backbone(name)
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    before = torch.get_rng_state()
+    first = load_backbone("resnet18", "random", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    again, other = (load_backbone("resnet18", "random", seed=s) for s in (3, 4))
+    for a, b in zip(first.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+@pytest.mark.parametrize("change", ["whole", "without fc", "fc of 10 classes", "before 2018"])
+def test_torchvision_state_dicts(change, tmp_path):
+    source = resnet18(num_classes=10 if change == "fc of 10 classes" else 1000).eval()
+    source.bn1.running_mean += 0.25
+    state = source.state_dict()
+    if change == "without fc":
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    if change == "before 2018":  # batch norm did not count its batches
+        state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "weights.pth")
+    loaded = load_backbone("resnet18", tmp_path / "weights.pth").eval()
+    with torch.no_grad():
+        for ours, theirs in zip(
+            feature_layers(loaded)(images()), feature_layers(source)(images()), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    assert torch.equal(loaded.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    path = tmp_path / "weights.pth"
+
+    def message(value) -> str:
+        torch.save(value, path)
+        return refusal(path)
+
+    def refusal(file) -> str:
+        with pytest.raises(InputError) as caught:
+            load_backbone("resnet18", file)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    state = resnet18().state_dict()
+    # every tensor of resnet18 is in resnet34's file, and of the right shape
+    assert message(resnet34().state_dict()) == (
+        f"{path} holds a resnet34 backbone, but a resnet18 was asked for"
+    )
+    without = {k: v for k, v in state.items() if k != "layer2.0.conv1.weight"}
+    assert "1 tensors missing, such as layer2.0.conv1.weight" in message(without)
+    reshaped = state | {"conv1.weight": torch.zeros(64, 1, 7, 7)}
+    assert "1 tensors of other shape, such as conv1.weight" in message(reshaped)
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "config": {"backbone": "resnet50"},
+        "backbone": {},
+    }
+    assert message(checkpoint) == f"{path} holds a resnet50 backbone, but a resnet18 was asked for"
+    assert "version 99" in message(checkpoint | {"version": 99})
+    assert str(path) in message([1, 2, 3])
+    assert str(path) in message({"format": "something else"})
+    assert str(path) in message({"state_dict": state})
+    assert str(path) in message({})
+
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert str(path) in refusal(path)
+    path.write_text("not weights")
+    assert str(path) in refusal(path)
+    assert str(tmp_path) in refusal(tmp_path)
+    assert "there is no" in refusal(tmp_path / "missing.pth")
+
+
+def test_read_checkpoint_refuses_other_files(tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="weights.pth is not a checkpoint"):
+        read_checkpoint(tmp_path / "weights.pth")
+    with pytest.raises(InputError, match="there is no checkpoint .*missing.pt"):
+        read_checkpoint(tmp_path / "missing.pt")
+
+
+def test_a_failed_download_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing listens
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError) as caught:
+        load_backbone("resnet18", "imagenet")
+    message = str(caught.value)
+    assert "resnet18" in message and "https://" in message and "state dict" in message
+    assert "\n" not in message
+
+
+def test_pick_device():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(InputError, match="tpu9"):
+        pick_device("tpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="GPU"):
+            pick_device("cuda")
+
+
+# --------------------------------------------------------------------------------------- SimSiam
+
+
+def test_heads_equal_lightlys():
+    """Official sizes for ResNet-50: 2048-2048-2048 and 2048-512-2048."""
+    model = SimSiam("resnet50")
+    theirs = {
+        "projector": SimSiamProjectionHead(2048, 2048, 2048),
+        "predictor": SimSiamPredictionHead(2048, 512, 2048),
+    }
+    for name, head in theirs.items():
+        ours = getattr(model, name)
+        head.layers.load_state_dict(ours.state_dict())  # strict: the same layers, the same sizes
+        x = torch.randn(8, 2048, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(ours(x), head(x), rtol=1e-6, atol=1e-6)
+    assert [m.bias is None for m in model.projector if isinstance(m, torch.nn.Linear)] == [True] * 3
+    assert model.projector[-1].affine is False
+    assert [m.bias is None for m in model.predictor if isinstance(m, torch.nn.Linear)] == [
+        True,
+        False,
+    ]
+
+
+def test_hidden_width_is_that_of_the_features():
+    sizes = [tuple(p.shape) for p in SimSiam("resnet18", 64, 16).projector.parameters()]
+    assert sizes == [(512, 512), (512,), (512,), (512, 512), (512,), (512,), (64, 512)]
+
+
+def test_residual_branches_start_at_zero():
+    model = SimSiam("resnet18", 32, 8)
+    for block in (*model.backbone.layer1, *model.backbone.layer4):
+        assert not block.bn2.weight.any()
+    assert new_backbone("resnet18").layer1[0].bn2.weight.all()
+
+
+def test_projections_and_predictions():
+    model = SimSiam("resnet18", 32, 8)
+    p, z = model(images(16))
+    assert p.shape == z.shape == (16, 32)
+    # the last batch norm has no scale and shift: every dimension has mean 0 and deviation 1
+    torch.testing.assert_close(z.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(32), atol=1e-2, rtol=0)
+    model.eval()
+    torch.testing.assert_close(model(images())[0], model.predictor(model.project(images())))
+
+
+def test_parameter_groups_hold_every_parameter_once():
+    model = SimSiam("resnet18", 32, 8)
+    groups = {g["fixed_lr"]: set(g["params"]) for g in model.parameter_groups()}
+    assert groups[True] == set(model.predictor.parameters())
+    assert groups[False] | groups[True] == set(model.parameters())
+    assert not groups[False] & groups[True]
+    assert sum(len(g["params"]) for g in model.parameter_groups()) == len(set(model.parameters()))

@@ -1,0 +1,349 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.nn.functional import cosine_similarity
+
+from spd_fast import pretrain as module
+from spd_fast import recipes
+from spd_fast.errors import InputError
+from spd_fast.loader import ViewLoader
+from spd_fast.models import SimSiam, load_backbone, read_checkpoint
+from spd_fast.pretrain import PretrainConfig, cosine_lr, pretrain, save_checkpoint
+
+LOSSES = ("step", "epoch", "loss", "loss_ssl", "loss_spd", "z_std", "lr")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def narrow_heads(monkeypatch):
+    monkeypatch.setattr(module, "SimSiam", partial(SimSiam, dim=64, predictor_dim=16))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (rng.integers(4, 9), rng.integers(4, 9), 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((48, 40), Image.BICUBIC)
+        image.save(root / f"{i:02d}.jpg")
+    return root
+
+
+def config(data, out, **kwargs) -> PretrainConfig:
+    """3 steps per epoch."""
+    tiny = {"backbone": "resnet18", "size": 32, "batch_size": 8, "epochs": 3, "seed": 7}
+    return PretrainConfig([str(data)], str(out), **tiny | kwargs)
+
+
+def trace(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in LOSSES if name in line} for line in lines]
+
+
+def signal_at(step: int, number: int, monkeypatch) -> None:
+    """The process sends itself a signal in the middle of a step."""
+    compute, calls = module.compute_losses, []
+
+    def compute_losses(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return compute(*args)
+
+    monkeypatch.setattr(module, "compute_losses", compute_losses)
+
+
+CHILD = """
+import os, sys
+import pytest, torch
+sys.path.insert(0, {tests!r})
+from test_pretrain import config, pretrain, signal_at
+torch.set_num_threads(1)
+with pytest.MonkeyPatch.context() as patch:
+    signal_at(5, {number}, patch)
+    sys.exit(pretrain(config({data!r}, {out!r})))
+"""
+
+
+def interrupted_run(data, out, number: int) -> int:
+    """A process that is signalled in step 5, the second of the second epoch; its exit status."""
+    code = CHILD.format(
+        tests=str(Path(__file__).parent), number=int(number), data=str(data), out=str(out)
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode, "the run was not interrupted"
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert pretrain(config(data, out)) == 0
+    return out
+
+
+# -------------------------------------------------------------------------- going on after an end
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "saved"),
+    [(signal.SIGKILL, -signal.SIGKILL, 3), (signal.SIGTERM, 143, 5)],
+    ids=["SIGKILL", "SIGTERM"],
+)
+def test_an_interrupted_run_ends_with_the_same_bits(
+    data, uninterrupted, number, status, saved, tmp_path
+):
+    out = tmp_path / "run"
+    assert interrupted_run(data, out, number) == status
+    assert read_checkpoint(out / "last.pt")["step"] == saved
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # as if the machine had gone down
+    assert pretrain(config(data, out, resume=True, workers=3)) == 0
+    assert len(trace(out)) == 9
+    assert trace(out) == trace(uninterrupted)
+    ended, expected = (read_checkpoint(run / "last.pt") for run in (out, uninterrupted))
+    assert ended["step"] == expected["step"] == 9
+    assert ended["loader"] == expected["loader"]
+    for name, value in expected["model"].items():
+        assert torch.equal(ended["model"][name], value), name
+
+
+def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path, monkeypatch, narrow_heads, capsys):
+    handler = signal.getsignal(signal.SIGINT)
+    signal_at(2, signal.SIGINT, monkeypatch)
+    assert pretrain(config(data, tmp_path)) == 130
+    assert read_checkpoint(tmp_path / "last.pt")["step"] == 2
+    assert len(trace(tmp_path)) == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "stopped after step 2 of 9" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_left_as_it_is(data, uninterrupted):
+    before = (uninterrupted / "last.pt").stat().st_mtime_ns, trace(uninterrupted)
+    assert pretrain(config(data, uninterrupted, resume="auto")) == 0
+    assert ((uninterrupted / "last.pt").stat().st_mtime_ns, trace(uninterrupted)) == before
+
+
+def test_resume_without_a_checkpoint_starts_anew(data, tmp_path, narrow_heads):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n')
+    assert pretrain(config(data, tmp_path, resume="auto", max_steps=1)) == 0
+    assert len(trace(tmp_path)) == 1 and trace(tmp_path)[0]["loss"] != 5
+    with pytest.raises(InputError, match="there is no checkpoint .*nowhere.pt"):
+        pretrain(config(data, tmp_path, resume=tmp_path / "nowhere.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "before"),
+    [("backbone", "resnet34", "resnet18"), ("spd", False, True), ("batch_size", 12, 8)]
+    + [("seed", 8, 7), ("size", 40, 32), ("eta", 0.2, 0.1), ("local_aug", "cutpaste", "smoothb")],
+)
+def test_another_configuration_is_refused(data, uninterrupted, name, value, before):
+    with pytest.raises(InputError, match=f"last.pt .*{name} '?{before}.*now '?{value}"):
+        pretrain(config(data, uninterrupted, **{"resume": True, name: value}))
+    assert len(trace(uninterrupted)) == 9
+
+
+def test_other_data_is_refused(data, uninterrupted, tmp_path):
+    for path in sorted(data.iterdir())[:16]:
+        (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(InputError, match="last.pt cannot be resumed: the data .* 16 images"):
+        pretrain(config(tmp_path, uninterrupted, resume=True))
+
+
+def test_a_run_is_not_overwritten(data, uninterrupted):
+    with pytest.raises(InputError, match="already holds a run"):
+        pretrain(config(data, uninterrupted))
+
+
+def test_a_damaged_checkpoint_is_named(data, tmp_path):
+    (tmp_path / "last.pt").write_bytes(b"PK\x03\x04 and nothing else")
+    with pytest.raises(InputError, match="last.pt"):
+        pretrain(config(data, tmp_path, resume=True))
+
+
+# ---------------------------------------------------------------------------- what is computed
+
+
+def test_the_trace_equals_a_plain_loop(data, uninterrupted):
+    """Three steps with lightly's heads and loss and torch's schedule, on the same batches."""
+    # imported here, so that the processes that are killed start faster
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
+
+    torch.manual_seed(7)
+    ours = SimSiam("resnet18")
+    encoder = torchvision.models.resnet18()
+    encoder.fc = torch.nn.Identity()
+    projector, predictor = SimSiamProjectionHead(512, 512), SimSiamPredictionHead()
+    encoder.load_state_dict(ours.backbone.state_dict())
+    projector.layers.load_state_dict(ours.projector.state_dict())
+    predictor.layers.load_state_dict(ours.predictor.state_dict())
+    rate = 0.05 * 8 / 256
+    decaying = torch.optim.SGD(
+        [*encoder.parameters(), *projector.parameters()], rate, 0.9, weight_decay=1e-4
+    )
+    fixed = torch.optim.SGD(predictor.parameters(), rate, 0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(decaying, T_max=9)
+    criterion = NegativeCosineSimilarity()
+
+    batches = list(ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7))
+    for batch, line in zip(batches, trace(uninterrupted)):
+        z = [projector(encoder(view)) for view in batch.views]
+        p = [predictor(z[0]), predictor(z[1])]
+        ssl = (criterion(p[0], z[1].detach()) + criterion(p[1], z[0].detach())) / 2
+        spd = (cosine_similarity(z[0], z[3]) - cosine_similarity(z[0], z[2])).mean()
+        spread = (z[0] / z[0].norm(dim=1, keepdim=True)).std(0).mean()
+        assert line["lr"] == pytest.approx(decaying.param_groups[0]["lr"], rel=1e-9)
+        assert line["loss_ssl"] == pytest.approx(ssl.item(), abs=2e-4)
+        assert line["loss_spd"] == pytest.approx(spd.item(), abs=2e-4)
+        assert line["loss"] == pytest.approx((ssl + 0.1 * spd).item(), abs=2e-4)
+        assert line["z_std"] == pytest.approx(spread.item(), rel=1e-3)
+        decaying.zero_grad()
+        fixed.zero_grad()
+        (ssl + 0.1 * spd).backward()
+        decaying.step()
+        fixed.step()
+        schedule.step()
+    assert [line["epoch"] for line in trace(uninterrupted)] == [0] * 3 + [1] * 3 + [2] * 3
+    groups = read_checkpoint(uninterrupted / "last.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [cosine_lr(rate, 8, 9), rate]
+
+
+def test_the_backbone_can_be_loaded(uninterrupted):
+    checkpoint = read_checkpoint(uninterrupted / "last.pt")
+    model = SimSiam("resnet18")
+    model.load_state_dict(checkpoint["model"])
+    loaded = load_backbone("resnet18", uninterrupted / "last.pt")
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with pytest.raises(InputError, match="last.pt holds a resnet18 backbone, but a resnet50"):
+        load_backbone("resnet50", uninterrupted / "last.pt")
+    # the tensors that "backbone" shares with "model" are stored once
+    stored = sum(t.nbytes for t in checkpoint["model"].values())
+    momentum = sum(p.numel() * 4 for p in model.parameters())
+    assert (uninterrupted / "last.pt").stat().st_size < 1.01 * (stored + momentum)
+
+
+def test_without_spd_and_with_few_steps(data, tmp_path, narrow_heads):
+    assert pretrain(config(data, tmp_path, spd=False, max_steps=4)) == 0
+    lines = trace(tmp_path)
+    assert len(lines) == 4
+    for step, line in enumerate(lines):
+        assert "loss_spd" not in line and line["loss"] == line["loss_ssl"]
+        # the schedule spans the steps of the shortened run
+        assert line["lr"] == pytest.approx(0.05 / 32 * (1 + np.cos(np.pi * step / 4)) / 2)
+    resolved = json.loads((tmp_path / "config.json").read_text())
+    assert resolved["steps"] == 4 and resolved["images"] == 24 and resolved["lr"] == 0.05
+    assert resolved["initial_lr"] == 0.05 / 32
+
+
+def test_tensorboard_has_the_same_numbers(uninterrupted):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(uninterrupted / "tensorboard"))
+    accumulator.Reload()
+    for name in ("loss", "loss_spd", "lr"):
+        values = [(e.step, e.value) for e in accumulator.Scalars(name)]
+        assert values == [(d["step"], np.float32(d[name])) for d in trace(uninterrupted)]
+
+
+def test_tensorboard_is_optional(data, tmp_path, monkeypatch, narrow_heads, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert pretrain(config(data, tmp_path, max_steps=1)) == 0
+    assert "tensorboard is not installed" in capsys.readouterr().out
+    assert not (tmp_path / "tensorboard").exists()
+
+
+# --------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, narrow_heads):
+    compute, calls = module.compute_losses, []
+
+    def compute_losses(*args):
+        losses = compute(*args)
+        calls.append(1)
+        return losses | {"loss": losses["loss"] * (torch.nan if len(calls) == 5 else 1)}
+
+    monkeypatch.setattr(module, "compute_losses", compute_losses)
+    with pytest.raises(InputError) as caught:
+        pretrain(config(data, tmp_path))
+    loader = ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7)
+    indices = loader._samples(1)[1].tolist()
+    assert f"the loss of step 5 is nan, on the images {indices}" in str(caught.value)
+    assert [line["step"] for line in trace(tmp_path)] == [1, 2, 3, 4]
+    checkpoint = read_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["step"] == 3
+    assert all(t.isfinite().all() for t in checkpoint["model"].values())
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
+    model = SimSiam("resnet18", 64, 16)
+    optimizer = torch.optim.SGD(model.parameter_groups(), 0.1)
+    loader = ViewLoader(data, recipes.simsiam(), 8)
+    path = tmp_path / "last.pt"
+    save = partial(save_checkpoint, path, config(data, tmp_path), model, optimizer, loader)
+    save(step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file may outgrow 1 MiB
+    try:
+        with pytest.raises(InputError, match="last.pt cannot be written .*unchanged"):
+            save(step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_bad_images(data, tmp_path, narrow_heads, capsys):
+    root = tmp_path / "data"
+    root.mkdir()
+    for path in data.iterdir():
+        (root / path.name).write_bytes(path.read_bytes())
+    bad = root / "11.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    with pytest.raises(InputError, match=str(bad)):
+        pretrain(config(root, tmp_path / "run", max_steps=3))
+    skipping = config(root, tmp_path / "run", max_steps=3, skip_bad_images=True)
+    assert pretrain(skipping) == 0
+    out = capsys.readouterr().out
+    assert "1 unreadable images were replaced" in out and str(bad) in out
+
+
+def test_wrong_configurations_leave_nothing_behind(data, tmp_path):
+    good = config(data, tmp_path / "run")
+    for wrong, message in (
+        ({"recipe": "byol"}, "recipe 'byol' is not there; available: simsiam"),
+        ({"batch_size": 1}, "batch_size must be at least 2"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"batch_size": 32}, "a batch needs 32 images, but the data has only 24"),
+        ({"local_aug": "cutout"}, "cutout"),
+        ({"backbone": "vgg16"}, "vgg16"),
+        ({"data": [str(tmp_path / "nothing")]}, "nothing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pretrain(replace(good, **wrong))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="cannot write to the output directory .*00.jpg"):
+        pretrain(replace(good, out=data / "00.jpg"))
