@@ -8,10 +8,10 @@ INSTALL_FLAGS ?=
 
 .PHONY: demo test lint format clean
 
-demo: $(BIN)/.installed
+demo: $(BIN)/.installed-demo
 	$(BIN)/spd-fast demo --out demo
 
-test: $(BIN)/.installed
+test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -q
 
 lint:
@@ -26,10 +26,11 @@ format:
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-$(BIN)/.installed: pyproject.toml CMakeLists.txt $(SOURCES)
+# The extras `demo` and `test` are installed apart: the tests need much more.
+$(BIN)/.installed-%: pyproject.toml CMakeLists.txt $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	@echo "Installing spd-fast and what its tests and demo need; torch is a large download."
-	$(BIN)/pip install -e '.[test]' $(INSTALL_FLAGS)
+	@echo "Installing spd-fast and what '$*' needs; torch is a large download."
+	$(BIN)/pip install -e '.[$*]' $(INSTALL_FLAGS)
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -53,7 +54,8 @@ static bool has_v2() {
 static bool has_v3() {
     return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-           __builtin_cpu_supports("bmi2");
+           __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("lzcnt") &&
+           __builtin_cpu_supports("movbe");
 }
 static bool has_v4() {
     return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -131,8 +133,11 @@ static void element_strides(const py::array& a, int64_t* stride) {
 
 // --------------------------------------------------------------------------------- augment_views
 
+static bool is_whole(float v) { return v == std::floor(v); }
+
 static bool is_inside(float start, float length, int64_t room) {
-    return start >= 0 && length >= 1 && start + length <= float(room);
+    return is_whole(start) && is_whole(length) && start >= 0 && length >= 1 &&
+           start + length <= float(room);
 }
 
 // Only what memory safety needs; Python's check has already explained everything else.
@@ -146,7 +151,8 @@ static void require_safe_rows(const AugmentArgs& args) {
             progress = false;
             for (int v = 0; v < args.views; ++v) {
                 const float source = rows[v].source;
-                require(source >= -1 && source < args.views, "a row's source is out of range");
+                require(source >= -1 && source < args.views && is_whole(source),
+                        "a row's source is out of range");
                 if (done[v] || (source >= 0 && !done[int(source)])) continue;
                 done[v] = progress = true;
                 ++made;
@@ -210,7 +216,8 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
         const int64_t* at = args.layout + 4 * n;
         require(at[0] >= 0 && at[0] < int64_t(buffers.size()) && at[1] >= 0 && at[2] >= 1 &&
                     at[3] >= 1 && at[2] < 1 << 24 && at[3] < 1 << 24 &&
-                    at[1] + at[2] * at[3] * 3 <= buffers[at[0]].size(),
+                    at[1] <= buffers[at[0]].size() &&
+                    at[2] * at[3] * 3 <= buffers[at[0]].size() - at[1],
                 "an image lies outside its buffer");
     }
     require_safe_rows(args);

@@ -16,6 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():  # a log file wants few progress lines
         os.environ.setdefault("TQDM_MININTERVAL", "5")
+    # Idle OpenMP threads spin by default and take the cores from the threads that read images.
+    # Read once when torch is loaded, which is why it is set here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return options.run(options) or 0
     except InputError as error:
@@ -26,6 +29,20 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spd-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be in 0..2^63 - 1, got {text}")
+    return value
 
 
 def _complain(message: str) -> int:
@@ -101,15 +118,15 @@ def _add_data(commands) -> None:
         data, "synth", _data_synth, "write a small synthetic data set in the official VisA layout"
     )
     synth.add_argument("--out", required=True, help="directory to make")
-    synth.add_argument("--seed", type=int, default=0)
-    synth.add_argument("--normal", type=int, default=60, help="normal images per category")
-    synth.add_argument("--anomalous", type=int, default=20, help="anomalous images per category")
+    synth.add_argument("--seed", type=_seed, default=0)
+    synth.add_argument("--normal", type=_positive, default=60, help="normal images per category")
+    synth.add_argument("--anomalous", type=_positive, default=20, help="anomalous ones")
     photos = _command(
         data, "photos", _data_photos, "write crops of real photographs as an image folder"
     )
     photos.add_argument("--out", required=True, help="directory to make")
-    photos.add_argument("--count", type=int, default=200)
-    photos.add_argument("--seed", type=int, default=0)
+    photos.add_argument("--count", type=_positive, default=200)
+    photos.add_argument("--seed", type=_seed, default=0)
 
 
 def _data_check(options) -> int:
@@ -143,9 +160,9 @@ def _add_views(commands) -> None:
     parser = _command(commands, "views", _views, "draw a sheet of the views made of an image")
     parser.add_argument("image")
     parser.add_argument("--recipe", default="simsiam", choices=RECIPES)
-    parser.add_argument("--rows", type=int, default=4, help="epochs to draw, one per row")
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=_positive, default=4, help="epochs to draw, one per row")
+    parser.add_argument("--size", type=_positive, default=224)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--out", default="views.png", help="picture to write")
 
 
@@ -175,15 +192,15 @@ def _add_pretrain(commands) -> None:
     )
     add("--data", nargs="+", required=True, help="directories of images, one or more")
     add("--backbone", default="resnet50", help="a torchvision ResNet")
-    add("--size", type=int, default=224, help="side of the views, pixels")
-    add("--batch-size", type=int, default=512)
-    add("--epochs", type=int, default=100)
-    add("--max-steps", type=int, help="stop after so many steps; the schedule spans them")
+    add("--size", type=_positive, default=224, help="side of the views, pixels")
+    add("--batch-size", type=_positive, default=512)
+    add("--epochs", type=_positive, default=100)
+    add("--max-steps", type=_positive, help="stop after so many steps; the schedule spans them")
     add("--eta", type=float, default=0.1, help="weight of the SPD loss")
     add("--local-aug", default="smoothblend", choices=("smoothblend", "cutpaste"))
     add("--lr", type=float, default=0.05, help="for a batch of 256; scaled with the batch")
-    add("--workers", type=int, default=2, help="threads that read and augment")
-    add("--seed", type=int, default=0)
+    add("--workers", type=_positive, default=2, help="threads that read and augment")
+    add("--seed", type=_seed, default=0)
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="replace unreadable images, and list them")
     add("--out", required=True, help="directory of the run")
@@ -215,12 +232,12 @@ def _add_evaluate(commands) -> None:
     add("--weights", default="imagenet", help="imagenet, random, or a checkpoint file")
     add("--category", nargs="+", default=(), help="only these")
     add("--preset", default="paper", choices=("paper", "anomalib"), help="image preparation")
-    add("--n-features", type=int, help="channels kept; default as in the PaDiM paper")
+    add("--n-features", type=_positive, help="channels kept; default as in the PaDiM paper")
     add("--factor-dtype", default="float32", choices=("float32", "float16"))
     add("--name", help="label of the run in reports")
-    add("--batch-size", type=int, default=16)
-    add("--workers", type=int, default=4, help="threads that read images")
-    add("--seed", type=int, default=0, help="of the kept channels and of random weights")
+    add("--batch-size", type=_positive, default=16)
+    add("--workers", type=_positive, default=4, help="threads that read images")
+    add("--seed", type=_seed, default=0, help="of the kept channels and of random weights")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
     add("--save-models", action="store_true", help="write OUT/<category>/padim.pt for predict")
@@ -240,7 +257,7 @@ def _add_predict(commands) -> None:
     parser.add_argument("images", nargs="+", help="files or directories")
     parser.add_argument("--out", required=True, help="output directory")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--workers", type=int, default=4, help="threads that read images")
+    parser.add_argument("--workers", type=_positive, default=4, help="threads that read images")
     parser.add_argument("--skip-bad-images", action="store_true")
 
 

@@ -67,7 +67,7 @@ def _pretrain_config(images: Path, run: Path, spd: bool) -> PretrainConfig:
         out=str(run),
         spd=spd,
         backbone=BACKBONE,
-        size=96,
+        size=64,
         batch_size=32,
         epochs=3,
         lr=0.4,
@@ -78,15 +78,15 @@ def _pretrain_config(images: Path, run: Path, spd: bool) -> PretrainConfig:
 
 def _make_data(out: Path) -> tuple[Path, Path]:
     """The synthetic VisA, and a folder of photographs and its normal training images."""
-    visa, images = out / "visa", out / "images"
-    if not (visa / "split_csv").exists():
-        shutil.rmtree(visa, ignore_errors=True)  # an interrupted attempt: split files come last
+    visa, images = out / "data" / "visa", out / "data" / "images"
+    unfinished = make_output_dir(out / "data") / "unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if not visa.exists():
         print("== drawing a synthetic VisA", flush=True)
-        write_synthetic_visa(visa)
+        write_synthetic_visa(unfinished)
+        unfinished.rename(visa)
     if not images.exists():
         print("== cutting photographs", flush=True)
-        unfinished = out / "images.part"
-        shutil.rmtree(unfinished, ignore_errors=True)
         write_photographs(unfinished, count=240)
         for category in read_dataset(visa, "1cls"):
             folder = unfinished / f"normal_{category.name}"  # photographs may share a name

@@ -1,5 +1,6 @@
 """From a data set to numbers: fit a detector per category, score its test images, measure."""
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from spd_fast import metrics
+from spd_fast import __version__, metrics
 from spd_fast.datasets import Category, Sample, read_dataset
 from spd_fast.datasets.images import read_image, read_mask
 from spd_fast.datasets.visa import PAPER_NAMES
@@ -33,6 +34,8 @@ from spd_fast.report import format_table, load_run, write_report
 from spd_fast.sheet import example_sheet
 
 METHODS = ("padim",)
+# In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, MODEL.
+CATEGORIES, RESULT, MODEL = "categories", "result.json", "padim.pt"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,6 @@ class Scored:
     """The test images of a category and what the detector said of them."""
 
     samples: list[Sample]
-    images: Tensor  # (N, 3, h, w) as the detector saw them
     masks: np.ndarray  # (N, h, w) bool
     maps: np.ndarray  # (N, h, w) float32
     scores: np.ndarray  # (N,) float32
@@ -82,8 +84,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     Raises:
         InputError: bad data, weights or configuration, or `config.out` cannot be written.
     """
-    if config.method not in METHODS:
-        raise InputError(f"method is one of {', '.join(METHODS)}; got {config.method!r}")
+    _check(config)
     started = time.perf_counter()
     out = make_output_dir(config.out)
     dataset = read_dataset(config.data, config.protocol, list(config.category) or None)
@@ -96,29 +97,41 @@ def evaluate(config: EvaluateConfig) -> dict:
         config.seed,
         pick_device(config.device),
     )
-    skipped: dict[str, str] = {}
     categories = []
     for category in dataset:
         result = _finished(out, config, category)
         if result is None:
-            result = _evaluate_category(model, category, config, out, skipped)
+            result = _evaluate_category(model, category, config, out)
         categories.append(result)
     run = {
         "name": config.name or f"{config.method}, {config.weights}",
         "config": _settings(config) | {"n_features": len(model.channels)},
         "versions": versions(),
         "seconds": time.perf_counter() - started,
-        "skipped_images": skipped,
         "categories": categories,
     }
     write_json(out / "results.json", run)
     run = load_run(out)
     write_report([run], out / "report.html", f"Anomaly detection on {Path(config.data).name}")
     print(format_table([run]))
-    for path, reason in skipped.items():
-        print(f"skipped {path}: {reason}")
+    skipped = [reason for category in categories for reason in category["skipped"].values()]
+    if skipped:
+        print(f"{len(skipped)} images were skipped:", *skipped, sep="\n  ")
     print(f"report: {out / 'report.html'}")
     return run
+
+
+def _check(config: EvaluateConfig) -> None:
+    if config.method not in METHODS:
+        raise InputError(f"method is one of {', '.join(METHODS)}; got {config.method!r}")
+    if config.protocol != "1cls":
+        raise InputError(f"padim learns normal images only: protocol 1cls, got {config.protocol!r}")
+    data, out = Path(config.data).resolve(), Path(config.out).resolve()
+    if out == data or data in out.parents:
+        raise InputError(f"the output directory {config.out} lies in the data set {config.data}")
+    for name in ("batch_size", "workers"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 def _settings(config: EvaluateConfig) -> dict:
@@ -131,31 +144,38 @@ def _settings(config: EvaluateConfig) -> dict:
 
 
 def _fingerprint(config: EvaluateConfig, category: Category) -> dict:
-    """If this is unchanged, so are a category's results. A weights file counts by size and time."""
-    weights = Path(config.weights)
-    stat = weights.stat() if weights.is_file() else None
+    """If this is unchanged, so are a category's results. Files count by name, size and time."""
+    files = [Path(config.weights)] if Path(config.weights).is_file() else []
+    for sample in (*category.train, *category.test):
+        files += [sample.image] if sample.mask is None else [sample.image, sample.mask]
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return _settings(config) | {
         "category": category.name,
-        "weights_file": [stat.st_size, stat.st_mtime_ns] if stat else None,
-        "images": [len(category.train), len(category.test)],
+        "files": digest.hexdigest(),
+        "version": __version__,
     }
 
 
 def _finished(out: Path, config: EvaluateConfig, category: Category) -> dict | None:
-    path = out / category.name / "result.json"
-    if not path.exists() or config.save_models:
+    directory = out / CATEGORIES / category.name
+    if not (directory / RESULT).exists():
         return None
-    stored = read_json(path)
+    stored = read_json(directory / RESULT)
     if stored.get("fingerprint") != _fingerprint(config, category):
         return None
-    tqdm.write(f"{category.name}: already done, results kept")
+    if config.save_models and not (directory / MODEL).exists():
+        return None
+    tqdm.write(f"{category.name}: already done with these settings and files, results kept")
     return stored["result"]
 
 
-def _evaluate_category(
-    model: PaDiM, category: Category, config: EvaluateConfig, out: Path, skipped: dict[str, str]
-) -> dict:
+def _evaluate_category(model: PaDiM, category: Category, config: EvaluateConfig, out: Path) -> dict:
     preset = find_preset(config.preset)
+    skipped: dict[str, str] = {}
+    directory = make_output_dir(out / CATEGORIES) / category.name
     started = time.perf_counter()
     train = _batches(category.train, preset, config, skipped, f"{category.name}: fit")
     model.fit(images for _, images, _ in train)
@@ -173,15 +193,18 @@ def _evaluate_category(
         "image": asdict(metrics.image_metrics(scored.scores, labels)),
         "pixel": asdict(pixel),
         "curves": _curves(scored, labels),
+        "skipped": skipped,
         "seconds": {"fit": fitted - started, "score": finished - fitted},
     }
-    with atomic_directory(out / category.name) as directory:
-        examples = _write_examples(scored, directory, pixel.threshold)
-        result["examples"] = [e | {"file": f"{category.name}/{e['file']}"} for e in examples]
+    with atomic_directory(directory, mark=RESULT) as temporary:
+        examples = _write_examples(scored, preset, temporary, pixel.threshold)
+        for example in examples:
+            example["file"] = f"{CATEGORIES}/{category.name}/{example['file']}"
+        result["examples"] = examples
         if config.save_models:
-            model.save(directory / "padim.pt")
+            model.save(temporary / MODEL)
         stored = {"fingerprint": _fingerprint(config, category), "result": result}
-        write_json(directory / "result.json", stored)
+        write_json(temporary / RESULT, stored)
     return result
 
 
@@ -192,12 +215,11 @@ def _score(
     config: EvaluateConfig,
     skipped: dict[str, str],
 ) -> Scored:
-    samples, images, masks, maps, scores = [], [], [], [], []
+    samples, masks, maps, scores = [], [], [], []
     test = _batches(category.test, preset, config, skipped, f"{category.name}: score")
     for batch, pixels, truth in test:
         batch_maps, batch_scores = model.score(pixels)
         samples += batch
-        images.append(pixels)
         masks.append(truth)
         maps.append(batch_maps.cpu().numpy())
         scores.append(batch_scores.cpu().numpy())
@@ -205,7 +227,6 @@ def _score(
         raise InputError(f"category {category.name} has no readable test image")
     return Scored(
         samples,
-        torch.cat(images),
         np.concatenate(masks),
         np.concatenate(maps),
         np.concatenate(scores),
@@ -224,21 +245,24 @@ def _batches(
     def load(sample: Sample) -> tuple[Sample, Tensor, np.ndarray] | None:
         try:
             image = read_image(sample.image)
+            mask = np.zeros(image.shape[:2], bool)
+            if sample.mask is not None:
+                mask = read_mask(sample.mask, image.shape[:2])
         except InputError as error:
             if not config.skip_bad_images:
                 raise
             skipped[str(sample.image)] = str(error)
             return None
-        mask = np.zeros(image.shape[:2], bool)
-        if sample.mask is not None:
-            mask = read_mask(sample.mask, image.shape[:2])
         return sample, prepare_image(image, preset), prepare_mask(mask, preset)
 
-    loaded = in_threads(load, tqdm(samples, desc=title, unit="image"), config.workers)
-    good = (item for item in loaded if item is not None)
-    while batch := list(islice(good, config.batch_size)):
-        kept, images, masks = zip(*batch)
-        yield list(kept), torch.stack(images), np.stack(masks)
+    with tqdm(total=len(samples), desc=title, unit="image") as progress:
+        loaded = in_threads(load, samples, config.workers)
+        while batch := list(islice(loaded, config.batch_size)):
+            progress.update(len(batch))
+            good = [item for item in batch if item is not None]
+            if good:
+                kept, images, masks = zip(*good)
+                yield list(kept), torch.stack(images), np.stack(masks)
 
 
 def in_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
@@ -266,7 +290,9 @@ def _curves(scored: Scored, labels: np.ndarray) -> dict[str, list[list[float]]]:
     return curves
 
 
-def _write_examples(scored: Scored, directory: Path, threshold: float, each: int = 2) -> list[dict]:
+def _write_examples(
+    scored: Scored, preset: Preset, directory: Path, threshold: float, each: int = 2
+) -> list[dict]:
     """Pictures of the worst and best test images; one colour scale per category."""
     labels = np.array([sample.label for sample in scored.samples])
     order = np.argsort(scored.scores, kind="stable")
@@ -285,9 +311,8 @@ def _write_examples(scored: Scored, directory: Path, threshold: float, each: int
         drawn.add(i)
         sample = scored.samples[i]
         path = directory / f"example_{number}.jpg"
-        sheet = example_sheet(
-            displayed_image(scored.images[i]), scored.maps[i], scored.masks[i], threshold, scale
-        )
+        picture = displayed_image(prepare_image(read_image(sample.image), preset))
+        sheet = example_sheet(picture, scored.maps[i], scored.masks[i], threshold, scale)
         sheet.save(path, quality=88)
         examples.append(
             {

@@ -17,9 +17,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The bytes reach the disk before the rename, so after a crash `path` holds either the old
     contents or the new, never a part. On an exception the temporary file is removed.
+
+    Raises:
+        InputError: the directory of `path` is missing or not writable.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no directory {path.parent}")
+    try:
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -77,12 +87,20 @@ def read_json(path: str | Path):
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, mark: str) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place when the block ends well.
 
     What `path` held before is gone then, and only then; on an exception it stays untouched.
+
+    Args:
+        mark: a file that the block writes. An existing directory without it is not ours to replace.
+
+    Raises:
+        InputError: `path` exists and does not hold `mark`.
     """
     path = Path(path)
+    if path.exists() and not (path / mark).exists():
+        raise InputError(f"{path} is in the way: it is not a result of an earlier run (no {mark})")
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
@@ -103,3 +121,39 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def save_state(path: str | Path, state: dict) -> None:
+    """torch.save, atomically.
+
+    Raises:
+        InputError: the disk refuses; what was at `path` before is unchanged.
+    """
+    import torch
+
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the second, unexplained
+        reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        raise InputError(
+            f"{path} cannot be written ({reason}); what was there before is unchanged"
+        ) from error
+
+
+def read_state(path: str | Path, what: str):
+    """What `save_state` or torch.save wrote, on the CPU; `what` it should be, for the message.
+
+    Raises:
+        InputError: the file is missing, damaged, or not one of torch's.
+    """
+    import torch
+
+    if not Path(path).exists():
+        raise InputError(f"there is no file {path}, expected {what}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # a directory, no permission
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # torch raises many kinds for files that are not its own
+        raise InputError(f"{path} is not {what}, or is damaged ({type(error).__name__})") from error

@@ -7,10 +7,11 @@ import torchvision
 from torch import Tensor, nn
 
 from spd_fast.errors import InputError
+from spd_fast.files import read_state
 
 CHECKPOINT_FORMAT = "spd-fast checkpoint"
 CHECKPOINT_VERSION = 1
-WEIGHTS = "weights is imagenet, random, or a file: a checkpoint of spd-fast or a state dict"
+WEIGHTS_FILE = "a checkpoint of spd-fast or a state dict of a torchvision ResNet"
 
 
 def pick_device(name: str) -> torch.device:
@@ -25,6 +26,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device is auto, cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is auto, cpu or cuda, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name} was asked for, but torch finds no GPU here")
     return device
@@ -117,16 +120,14 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 def _read_state(path: Path, name: str) -> dict[str, Tensor]:
-    if not path.exists():
-        raise InputError(f"there is no weights file {path}; {WEIGHTS}")
-    state = _read_file(path)
+    state = read_state(path, WEIGHTS_FILE)
     if isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT:
         held = read_checkpoint(path)["config"]["backbone"]
         if held != name:
             raise _wrong_backbone(path, held, name)
         return state["backbone"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} holds no state dict of a network; {WEIGHTS}")
+        raise InputError(f"{path} is not {WEIGHTS_FILE}")
     return state
 
 
@@ -136,9 +137,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         InputError: it is missing, damaged, something else, or of another version.
     """
-    if not Path(path).exists():
-        raise InputError(f"there is no checkpoint {path}")
-    state = _read_file(path)
+    state = read_state(path, "a checkpoint of spd-fast")
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"{path} is not a checkpoint: it lacks the mark {CHECKPOINT_FORMAT!r}")
     if state["version"] != CHECKPOINT_VERSION:
@@ -147,17 +146,6 @@ def read_checkpoint(path: str | Path) -> dict:
             f"version {CHECKPOINT_VERSION}"
         )
     return state
-
-
-def _read_file(path: str | Path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:  # a directory, no permission
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # torch raises many kinds for files that are not its own
-        raise InputError(
-            f"{path} is no file of torch.save, or damaged ({type(error).__name__}); {WEIGHTS}"
-        ) from error
 
 
 class FeatureLayers(nn.Module):
@@ -174,11 +162,6 @@ class FeatureLayers(nn.Module):
         layer1 = self.layer1(x)
         layer2 = self.layer2(layer1)
         return [layer1, layer2, self.layer3(layer2)]
-
-
-def feature_layers(resnet: nn.Module) -> FeatureLayers:
-    """What PaDiM reads of a ResNet; shares its parameters."""
-    return FeatureLayers(resnet)
 
 
 class SimSiam(nn.Module):

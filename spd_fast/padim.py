@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spd_fast.errors import InputError
-from spd_fast.files import atomic_path
-from spd_fast.models import FeatureLayers, load_backbone, new_backbone
+from spd_fast.files import read_state, save_state
+from spd_fast.models import FeatureLayers, load_backbone, new_backbone, pick_device
 from spd_fast.ops.mahalanobis import (
     FACTOR_DTYPES,
     gaussian_factor,
@@ -21,7 +21,7 @@ from spd_fast.ops.mahalanobis import (
 from spd_fast.preprocess import find_preset
 from spd_fast.reference import packed_size, smooth_upsample_matrix
 
-FORMAT = "spd-fast padim"
+FORMAT, VERSION = "spd-fast padim", 1
 # Kept channels: of the PaDiM paper, and for ResNet-50 by analogy with WideResNet-50.
 N_FEATURES = {"resnet18": 100, "resnet50": 550, "wide_resnet50_2": 550}
 
@@ -60,7 +60,7 @@ class PaDiM:
         self._configure(backbone, preset, factor_dtype, device)
         self._use(load_backbone(backbone, weights, seed=seed))
         total = self._count_channels()
-        wanted = n_features or N_FEATURES.get(backbone)
+        wanted = N_FEATURES.get(backbone) if n_features is None else n_features
         if wanted is None:
             raise InputError(f"n_features has no default for {backbone}: give it (at most {total})")
         if not 1 <= wanted <= total:
@@ -75,10 +75,10 @@ class PaDiM:
             raise InputError(f"factor_dtype is float32, float16 or bfloat16, got {factor_dtype!r}")
         self.backbone, self.preset, self.factor_dtype = backbone, preset, factor_dtype
         self.settings = find_preset(preset)
-        self.device = torch.device(device)
+        self.device = pick_device(device)
         self.channels = self.mean = self.factor = None
         self.count = 0  # images fitted
-        self.grid: tuple[int, int] | None = None
+        self.image_size: tuple[int, int] | None = None
 
     def _use(self, network: torch.nn.Module) -> None:
         self.network = (
@@ -100,7 +100,7 @@ class PaDiM:
             raise InputError(
                 f"images must be a float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
             )
-        images = images.to(self.device, memory_format=torch.channels_last)
+        images = images.to(self.device, torch.float32, memory_format=torch.channels_last)
         with torch.inference_mode():
             layers = self.network(images)
         for number, layer in enumerate(layers, 1):
@@ -125,18 +125,17 @@ class PaDiM:
         Raises:
             InputError: fewer than two images, several image sizes, features that are not finite.
         """
-        self.mean = self.factor = self.grid = None
+        self.mean = self.factor = self.image_size = None
         self.count = 0
         scatter = None
         for images in batches:
             layers = self.features(images)
-            grid = tuple(layers[0].shape[2:])
             if scatter is None:
-                positions, d = grid[0] * grid[1], len(self.channels)
+                positions, d = layers[0][0, 0].numel(), len(self.channels)
                 mean = torch.zeros(positions, d, device=self.device)
                 scatter = torch.zeros(positions, packed_size(d), device=self.device)
-                self.grid = grid
-            self._check_grid(grid, images)
+                self.image_size = tuple(images.shape[2:])
+            self._check_size(images)
             gaussian_update(layers, self.channels, self.count, mean, scatter)
             self.count += len(images)
         if self.count < 2:
@@ -161,20 +160,20 @@ class PaDiM:
         if self.factor is None:
             raise InputError("this PaDiM is not fitted: call fit() or load() first")
         layers = self.features(images)
-        self._check_grid(tuple(layers[0].shape[2:]), images)
+        self._check_size(images)
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
         along_y, along_x = (
             smooth_upsample_matrix(n_in, n_out, border=self.settings.border).to(distances)
-            for n_in, n_out in zip(self.grid, images.shape[2:])
+            for n_in, n_out in zip(distances.shape[1:], self.image_size)
         )
         maps = along_y @ distances @ along_x.mT
         return maps, maps.amax((1, 2))
 
-    def _check_grid(self, grid: tuple[int, ...], images: Tensor) -> None:
-        if grid != self.grid:
+    def _check_size(self, images: Tensor) -> None:
+        if tuple(images.shape[2:]) != self.image_size:
             raise InputError(
-                f"images of {images.shape[2]} x {images.shape[3]} give a grid of {grid[0]} x "
-                f"{grid[1]}, but this PaDiM was fitted on {self.grid[0]} x {self.grid[1]}"
+                f"images are {' x '.join(map(str, images.shape[2:]))} pixels, but this PaDiM was "
+                f"fitted on {' x '.join(map(str, self.image_size))}"
             )
 
     def save(self, path: str | Path) -> None:
@@ -183,19 +182,18 @@ class PaDiM:
             raise InputError("this PaDiM is not fitted: there is nothing to save")
         state = {
             "format": FORMAT,
-            "version": 1,
+            "version": VERSION,
             "backbone": self.backbone,
             "preset": self.preset,
             "factor_dtype": self.factor_dtype,
             "count": self.count,
-            "grid": list(self.grid),
+            "image_size": list(self.image_size),
             "channels": self.channels.cpu(),
             "mean": self.mean.cpu(),
             "factor": self.factor.cpu(),
             "network": {k: v.cpu() for k, v in self.network.state_dict().items()},
         }
-        with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+        save_state(path, state)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "PaDiM":
@@ -204,19 +202,21 @@ class PaDiM:
         Raises:
             InputError: the file is missing or is not a saved PaDiM.
         """
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise InputError(f"there is no file {path}") from None
-        except Exception as error:
-            raise InputError(f"{path} is not a saved PaDiM ({type(error).__name__})") from error
+        state = read_state(path, "a saved PaDiM")
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise InputError(f"{path} is not a saved PaDiM: it lacks the mark {FORMAT!r}")
+        if state.get("version") != VERSION:
+            raise InputError(
+                f"{path} has version {state.get('version')}, this spd-fast reads {VERSION}"
+            )
         model = cls.__new__(cls)
-        model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)
-        model._use(new_backbone(state["backbone"]))
-        model.network.load_state_dict(state["network"])
-        model.count, model.grid = state["count"], tuple(state["grid"])
-        for name in ("channels", "mean", "factor"):
-            setattr(model, name, state[name].to(model.device))
+        try:
+            model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)
+            model._use(new_backbone(state["backbone"]))
+            model.network.load_state_dict(state["network"])
+            model.count, model.image_size = state["count"], tuple(state["image_size"])
+            for name in ("channels", "mean", "factor"):
+                setattr(model, name, state[name].to(model.device))
+        except (KeyError, RuntimeError) as error:  # a part is missing or of another shape
+            raise InputError(f"{path} is a damaged PaDiM: {error}") from error
         return model

@@ -55,20 +55,23 @@ def predict(
             skipped.append(str(error))
             return path, None
 
-    rows = []  # path, displayed image, map
-    for path, image in in_threads(load, tqdm(paths, desc="score", unit="image"), workers):
-        if image is not None:
-            maps, scores = model.score(image[None])
-            score_map = maps[0].cpu().numpy().astype(np.float16)  # only to be looked at
-            rows.append((path, float(scores[0]), displayed_image(image), score_map))
+    rows = []  # path, score, map
+    with tqdm(total=len(paths), desc="score", unit="image") as progress:
+        for path, image in in_threads(load, paths, workers):
+            progress.update()
+            if image is not None:
+                maps, scores = model.score(image[None])
+                score_map = maps[0].cpu().numpy().astype(np.float16)  # only to be looked at
+                rows.append((path, float(scores[0]), score_map))
     if not rows:
         raise InputError(f"none of the {len(paths)} images could be read")
     scale = (
-        float(min(np.quantile(row[3], 0.01) for row in rows)),
-        float(max(row[3].max() for row in rows)),
+        float(min(np.quantile(row[2], 0.01) for row in rows)),
+        float(max(row[2].max() for row in rows)),
     )
     table = []
-    for number, (path, score, picture, score_map) in enumerate(rows):
+    for number, (path, score, score_map) in enumerate(tqdm(rows, desc="draw", unit="image")):
+        picture = displayed_image(prepare_image(read_image(path), preset))
         name = f"{number:04d}_{path.stem}.png"  # two directories may hold images of one name
         sheet = example_sheet(picture, score_map.astype(np.float32), None, scale=scale)
         with atomic_path(out / name) as temporary:
@@ -79,8 +82,8 @@ def predict(
         writer.writerow(("image", "score", "heat_map"))
         for path, score, name in sorted(table, key=lambda row: -row[1]):
             writer.writerow((path, f"{score:.6g}", name))
-    for reason in skipped:
-        print(f"skipped: {reason}")
+    if skipped:
+        print(f"{len(skipped)} of {len(paths)} images were skipped:", *skipped, sep="\n  ")
     return out / "scores.csv"
 
 

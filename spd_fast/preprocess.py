@@ -46,11 +46,8 @@ def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
     "anomalib" float pixels with an antialiased bilinear one.
     """
     if preset.shorter_side:
-        picture = Image.fromarray(image)
-        resized = np.asarray(
-            picture.resize(_resized(picture.size, preset), Image.Resampling.LANCZOS)
-        )
-        x = torch.from_numpy(_cut_centre(resized, preset.size).copy()).permute(2, 0, 1) / 255
+        cut = _resize_and_cut(Image.fromarray(image), preset, Image.Resampling.LANCZOS)
+        x = torch.from_numpy(cut).permute(2, 0, 1) / 255
     else:
         x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255
         x = F.resize(x, [preset.size, preset.size], antialias=True)
@@ -61,8 +58,7 @@ def prepare_mask(mask: np.ndarray, preset: Preset) -> np.ndarray:
     """(H, W) bool -> (size, size) bool, by nearest neighbour."""
     if preset.shorter_side:
         picture = Image.fromarray(mask.astype(np.uint8))
-        resized = picture.resize(_resized(picture.size, preset), Image.Resampling.NEAREST)
-        return _cut_centre(np.asarray(resized), preset.size).astype(bool)
+        return _resize_and_cut(picture, preset, Image.Resampling.NEAREST).astype(bool)
     x = torch.from_numpy(mask.astype(np.uint8))[None]
     size = [preset.size, preset.size]
     return F.resize(x, size, F.InterpolationMode.NEAREST)[0].numpy().astype(bool)
@@ -75,12 +71,17 @@ def displayed_image(prepared: Tensor) -> np.ndarray:
     return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
-def _resized(size: tuple[int, int], preset: Preset) -> tuple[int, int]:
-    """Width and height with the shorter side as the preset says; the longer one is rounded down."""
-    short = min(size)
-    return tuple(int(preset.shorter_side * side / short) for side in size)
+def _resize_and_cut(picture: Image.Image, preset: Preset, how: Image.Resampling) -> np.ndarray:
+    """The shorter side resized as the preset says (the longer rounds down), the centre cut out.
 
-
-def _cut_centre(image: np.ndarray, side: int) -> np.ndarray:
-    top, left = (round((length - side) / 2) for length in image.shape[:2])
-    return image[top : top + side, left : left + side]
+    Only the part that remains is resized: a strip of 1 x 20,000 would become 256 x 5 million.
+    """
+    side = preset.size
+    box = []
+    for length in picture.size:  # width, height
+        resized = int(preset.shorter_side * length / min(picture.size))
+        start, scale = round((resized - side) / 2), length / resized
+        box.append((start * scale, (start + side) * scale))
+    (left, right), (top, bottom) = box
+    cut = picture.resize((side, side), how, box=(left, top, right, bottom))
+    return np.array(cut)

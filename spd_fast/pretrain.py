@@ -1,6 +1,5 @@
 """Pre-training: SimSiam with the SPot-the-Difference regulariser (paper section 3.3)."""
 
-import io
 import json
 import math
 import signal
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from spd_fast import recipes
 from spd_fast.errors import InputError
-from spd_fast.files import atomic_path, make_output_dir, write_json, write_text
+from spd_fast.files import make_output_dir, save_state, write_json, write_text
 from spd_fast.info import versions
 from spd_fast.loader import Batch, ViewLoader
 from spd_fast.losses import simsiam_loss, spd_loss
@@ -211,16 +210,7 @@ def save_checkpoint(
         "loader": loader.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    buffer = io.BytesIO()  # torch's own writer does not say why a file cannot be written
-    torch.save(state, buffer)
-    try:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-    except OSError as error:
-        raise InputError(
-            f"the checkpoint {path} cannot be written ({error.strerror}); what was there before is "
-            f"unchanged"
-        ) from error
+    save_state(path, state)
 
 
 def _resume(

@@ -32,7 +32,15 @@ def write_views_sheet(
     size: int = 224,
     seed: int = 0,
 ) -> None:
-    """Write a picture with one row of views per epoch, each labelled with its parameters."""
+    """Write a picture with one row of views per epoch, each labelled with its parameters.
+
+    Raises:
+        InputError: the image cannot be read, `rows` is below 1, or `out` has no picture's suffix.
+    """
+    if rows < 1:
+        raise InputError(f"rows must be at least 1, got {rows}")
+    if Path(out).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"the picture must be a .png or .jpg file, got {out}")
     image = read_image(image_path)
     views = getattr(recipes, recipe)()
     params = torch.cat(

@@ -5,6 +5,7 @@ function of `(seed, epoch, indices[i], v)`, so a sample gets the same views in w
 worker, rank or resumed run it is met.
 """
 
+import operator
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,6 +54,12 @@ COLUMNS = (
     "alpha_sigma_x",
 )
 COLUMN = {name: i for i, name in enumerate(COLUMNS)}
+INTEGER_COLUMNS = (
+    "source",
+    *("crop_top", "crop_left", "crop_height", "crop_width", "flip", "jitter_order", "grayscale"),
+    *("patch_kind", "patch_top", "patch_left", "patch_height", "patch_width"),
+    *("target_top", "target_left", "patch_jitter_order"),
+)
 PATCH_KINDS = {None: 0, "smoothblend": 1, "cutpaste": 2}
 CROP_TRIES = 10
 
@@ -93,17 +100,19 @@ def sample_view_params(
     Raises:
         InputError: sizes, indices, epoch, seed or size are out of range.
     """
-    sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+    sizes = np.asarray(sizes, dtype=np.int64)
     indices = np.asarray(indices, dtype=np.int64).reshape(-1)
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = view_size(size)
+    if sizes.size == 0:
+        sizes = sizes.reshape(0, 2)
+    if sizes.ndim != 2 or sizes.shape[1] != 2:
+        raise InputError(f"sizes must be (N, 2) heights and widths, got shape {sizes.shape}")
     if len(sizes) != len(indices):
         raise InputError(f"sizes has {len(sizes)} rows but indices has {len(indices)}")
     if (sizes < 1).any():
         raise InputError(f"image sizes must be at least 1 x 1, got {sizes.min(0).tolist()}")
-    if min(height, width) < 1:
-        raise InputError(f"size must be at least 1, got {size}")
-    if epoch < 0 or seed < 0 or (indices < 0).any():
-        raise InputError("seed, epoch and indices must not be negative")
+    if not (0 <= epoch < 2**63 and 0 <= seed < 2**63) or (indices < 0).any():
+        raise InputError(f"seed {seed}, epoch {epoch} and indices must be in 0..2^63 - 1")
     rows = np.empty((len(indices), len(recipe), len(COLUMNS)), dtype=np.float32)
     for v, spec in enumerate(recipe):
         source = (
@@ -112,6 +121,21 @@ def sample_view_params(
         draws = _uniform(seed, epoch, indices, v)
         rows[:, v] = _sample_view(spec, source, draws, height, width)
     return torch.from_numpy(rows)
+
+
+def view_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width, from one number for both or from a pair.
+
+    Raises:
+        InputError: not one or two whole numbers of at least 1.
+    """
+    try:
+        height, width = (operator.index(side) for side in np.broadcast_to(size, 2))
+    except (TypeError, ValueError):
+        raise InputError(f"size must be one or two whole numbers, got {size!r}") from None
+    if min(height, width) < 1:
+        raise InputError(f"size must be at least 1, got {size}")
+    return height, width
 
 
 def _uniform(seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:

@@ -165,11 +165,14 @@ def test_threads_do_not_change_a_bit():
         assert torch.equal(augment_views(images, params, size, threads=threads), one)
 
 
-def test_read_only_array_is_accepted():
+def test_read_only_and_mirrored_arrays_are_accepted():
     image = noise_images([(20, 20)])[0].numpy()
-    image.flags.writeable = False
     params = sample_view_params(recipes.simsiam(), [(20, 20)], [0], 0, 0, size=16)
-    assert augment_views([image], params, 16).isfinite().all()
+    mirrored = image[:, ::-1, ::-1]
+    expected = augment_views([mirrored.copy()], params, 16)
+    assert torch.equal(augment_views([mirrored], params, 16), expected)
+    image.flags.writeable = False
+    assert augment_views([image], params, np.int64(16)).isfinite().all()
 
 
 # ------------------------------------------------------------------------------- schema and errors
@@ -213,7 +216,20 @@ def broken(column=None, value=None, **changes):
         (broken(params=torch.zeros(3, 4, 27).double()), "params must be float32"),
         (broken(size=0), "size must be at least 1"),
         (broken(dtype=torch.int32), "dtype must be one of"),
-        (broken(std=(1, 0, 1)), "std above 0"),
+        (broken(std=(1, 0, 1)), "std must be above 0"),
+        (broken(mean=(0, float("nan"), 0)), "3 finite values"),
+        (broken(images=["photo.jpg"] * 3), "numpy array or a tensor, got str"),
+        (broken(size="large"), "one or two whole numbers"),
+        (broken(out=torch.zeros(1).expand(4, 3, 3, 64, 64)), "share memory"),
+        (broken("crop_top", 0.5), "crop_top must be a whole number"),
+        (
+            broken(images=(torch.zeros(99, dtype=torch.uint8), [[2**63 - 100, 40, 50]] * 3)),
+            "past its buffer",
+        ),
+        (
+            broken(images=(torch.zeros(99, dtype=torch.uint8), [[0, 2**31, 2**31]] * 3)),
+            "sides must be below",
+        ),
         (broken(out=torch.zeros(2, 2)), "out must be"),
         (broken("source", 4), "image 1, view 2: source must be -1 or a view index below 4"),
         (broken("source", 2), "in a circle"),

@@ -68,6 +68,8 @@ def test_without_the_compiled_module_the_reference_runs():
         (["pretrain", "--data", "nowhere", "--out", "OUT"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["views", "missing.jpg"], "missing.jpg"),
+        (["views", "missing.jpg", "--out", "sheet.xyz"], "sheet.xyz"),
+        (["report", "nowhere", "--out", "no/such/place.html"], "nowhere"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_status_2(arguments, message, capsys, tmp_path):
@@ -75,3 +77,14 @@ def test_wrong_input_is_one_line_and_exit_status_2(arguments, message, capsys, t
     assert main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("spd-fast: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--batch-size", "0"], ["--workers", "-2"], ["--seed", str(2**70)], ["--n-features", "0"]],
+)
+def test_numbers_out_of_range_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--data", "x", "--out", "y", *arguments])
+    assert stop.value.code == 2
+    assert f"argument {arguments[0]}: must be" in capsys.readouterr().err

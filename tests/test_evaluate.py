@@ -79,7 +79,7 @@ def test_evaluate_writes_table_results_and_report(visa, tmp_path, capsys):
     from spd_fast.datasets.images import read_image, read_mask
     from spd_fast.preprocess import PRESETS, prepare_image, prepare_mask
 
-    model = PaDiM.load(tmp_path / "board" / "padim.pt")
+    model = PaDiM.load(tmp_path / "categories/board/padim.pt")
     category = read_dataset(visa)[0]
     maps, scores, masks, labels = [], [], [], []
     for sample in category.test:
@@ -100,12 +100,14 @@ def test_evaluate_writes_table_results_and_report(visa, tmp_path, capsys):
 
 def test_an_interrupted_evaluation_goes_on(visa, tmp_path, capsys):
     evaluate(config(visa, tmp_path, category=("board",)))
-    before = (tmp_path / "board" / "result.json").stat().st_mtime_ns
+    before = (tmp_path / "categories/board/result.json").stat().st_mtime_ns
     evaluate(config(visa, tmp_path))
-    assert (tmp_path / "board" / "result.json").stat().st_mtime_ns == before
-    assert (tmp_path / "nut" / "result.json").exists()
-    evaluate(config(visa, tmp_path, seed=1))
-    assert (tmp_path / "board" / "result.json").stat().st_mtime_ns != before
+    assert (tmp_path / "categories/board/result.json").stat().st_mtime_ns == before
+    assert (tmp_path / "categories/nut/result.json").exists()
+    touched = visa / "board/Data/Images/Normal/001.JPG"
+    touched.write_bytes(touched.read_bytes())  # other data, for all one can see from outside
+    evaluate(config(visa, tmp_path))
+    assert (tmp_path / "categories/board/result.json").stat().st_mtime_ns != before
 
 
 def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
@@ -117,8 +119,11 @@ def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
     assert not (tmp_path / "out" / "results.json").exists()
     run = evaluate(config(root, tmp_path / "out", skip_bad_images=True))
     assert run["categories"][0]["n_train"] == 6
-    assert list(run["skipped_images"]) == [str(bad)]
-    assert "skipped" in capsys.readouterr().out
+    assert list(run["categories"][0]["skipped"]) == [str(bad)]
+    assert "1 images were skipped" in capsys.readouterr().out
+    again = evaluate(config(root, tmp_path / "out", skip_bad_images=True))  # results are kept
+    assert again["categories"] == run["categories"]
+    assert "1 images were skipped" in capsys.readouterr().out
 
 
 def test_a_mask_of_another_size_is_named(tmp_path):
@@ -139,6 +144,8 @@ def test_a_mask_of_another_size_is_named(tmp_path):
         (dict(preset="mine"), "preset is one of"),
         (dict(device="tpu9"), "device"),
         (dict(out="/proc/spd-fast"), "/proc/spd-fast: "),
+        (dict(protocol="2cls_highshot"), "protocol 1cls"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
     ],
 )
 def test_wrong_configuration_is_one_sentence(visa, tmp_path, changes, message, capsys):
@@ -146,26 +153,42 @@ def test_wrong_configuration_is_one_sentence(visa, tmp_path, changes, message, c
         evaluate(config(visa, tmp_path / "out", **changes))
 
 
-def test_a_full_disk_leaves_the_old_results(visa, tmp_path):
+def test_the_data_set_is_never_the_output(visa, tmp_path):
+    before = sorted(visa.rglob("*"))
+    for out in (visa, visa / "board"):
+        with pytest.raises(InputError, match="lies in the data set"):
+            evaluate(config(visa, out))
+    foreign = tmp_path / "categories" / "board"
+    foreign.mkdir(parents=True)
+    (foreign / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(InputError, match="in the way"):
+        evaluate(config(visa, tmp_path))
+    assert (foreign / "thesis.txt").exists() and sorted(visa.rglob("*")) == before
+
+
+@pytest.mark.parametrize("limit", [4000, 400_000])  # in a picture, in the model
+def test_a_full_disk_leaves_the_old_results(visa, tmp_path, limit):
     """A limit on file size stands in for a full disk: the write fails half-way."""
     evaluate(config(visa, tmp_path, category=("board",)))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     arguments = ["evaluate", "--data", str(visa), "--weights", "random", "--n-features", "20"]
     arguments += ["--category", "board", "--batch-size", "4", "--seed", "7", "--out", str(tmp_path)]
+    arguments += ["--save-models"]
     done = subprocess.run(
         [sys.executable, "-m", "spd_fast.cli", *arguments],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("spd-fast: ")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_predict(visa, tmp_path, capsys):
     evaluate(config(visa, tmp_path / "run", category=("board",), save_models=True))
-    arguments = ["predict", "--model", str(tmp_path / "run/board/padim.pt")]
+    arguments = ["predict", "--model", str(tmp_path / "run/categories/board/padim.pt")]
     images = visa / "board/Data/Images"
     out = tmp_path / "heat"
     arguments += [str(images / "Anomaly"), str(images / "Normal/008.JPG"), "--out", str(out)]

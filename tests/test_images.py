@@ -267,8 +267,10 @@ def test_mask_counts_every_value_above_zero(tmp_path):
     Image.fromarray(values * 60).save(tmp_path / "bright.bmp")
     Image.fromarray(expected).save(tmp_path / "bilevel.png")
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "gray16.png")
-    other = 255 - 255 * expected.astype(np.uint8)  # only the first plane counts
-    Image.fromarray(np.stack([values, other, other], 2)).save(tmp_path / "rgb.png")
+    zero, opaque = np.zeros_like(values), np.full_like(values, 255)
+    Image.fromarray(np.stack([zero, values, zero], 2)).save(tmp_path / "green.png")
+    Image.fromarray(np.stack([values, values, zero, opaque], 2)).save(tmp_path / "rgba.png")
+    Image.fromarray(np.stack([values, opaque], 2), "LA").save(tmp_path / "la.png")
     palette = Image.fromarray(values)
     palette.putpalette([200, 10, 10] * 256)  # every index has the same, bright colour
     palette.save(tmp_path / "palette.png")

@@ -8,8 +8,8 @@ from spd_fast.errors import InputError
 from spd_fast.models import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_VERSION,
+    FeatureLayers,
     SimSiam,
-    feature_layers,
     load_backbone,
     new_backbone,
     pick_device,
@@ -30,10 +30,10 @@ def test_feature_layers_equal_torchvisions_extractor(build):
     names = ["layer1", "layer2", "layer3"]
     with torch.no_grad():
         expected = create_feature_extractor(network, names)(images(2, 64))
-        layers = feature_layers(network)(images(2, 64))
+        layers = FeatureLayers(network)(images(2, 64))
     for name, layer in zip(names, layers, strict=True):
         assert torch.equal(layer, expected[name])
-    assert not any(key.startswith("layer4") for key in feature_layers(network).state_dict())
+    assert not any(key.startswith("layer4") for key in FeatureLayers(network).state_dict())
 
 
 def test_unknown_backbone_lists_the_known():
@@ -66,7 +66,7 @@ def test_torchvision_state_dicts(change, tmp_path):
     loaded = load_backbone("resnet18", tmp_path / "weights.pth").eval()
     with torch.no_grad():
         for ours, theirs in zip(
-            feature_layers(loaded)(images()), feature_layers(source)(images()), strict=True
+            FeatureLayers(loaded)(images()), FeatureLayers(source)(images()), strict=True
         ):
             assert torch.equal(ours, theirs)
     assert torch.equal(loaded.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
@@ -120,7 +120,7 @@ def test_read_checkpoint_refuses_other_files(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path / "weights.pth")
     with pytest.raises(InputError, match="weights.pth is not a checkpoint"):
         read_checkpoint(tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="there is no checkpoint .*missing.pt"):
+    with pytest.raises(InputError, match="there is no file .*missing.pt"):
         read_checkpoint(tmp_path / "missing.pt")
 
 

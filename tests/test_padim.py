@@ -114,10 +114,14 @@ def test_wrong_use_is_named(tmp_path):
         PaDiM(weights="random").score(train)
     with pytest.raises(InputError, match="not fitted"):
         PaDiM(weights="random").save(tmp_path / "x.pt")
-    with pytest.raises(InputError, match="fitted on 56 x 56"):
-        model.score(train[:, :, :128, :128])
+    with pytest.raises(InputError, match="fitted on 224 x 224"):
+        model.score(train[:, :, :222, :])
     with pytest.raises(InputError, match=r"must be a float \(B, 3, H, W\)"):
         model.score(train[0])
+    assert torch.equal(  # an empty batch changes nothing
+        PaDiM(weights="random", n_features=10).fit([train[:0], *train.split(5)]).factor,
+        model.factor,
+    )
     broken = train[:3].clone()
     broken[1, 0, 5, 5] = torch.nan
     with pytest.raises(InputError, match=r"NaN or infinite features for images \[1\]"):
@@ -134,6 +138,8 @@ def test_wrong_use_is_named(tmp_path):
         PaDiM("resnet34", weights="random")
     with pytest.raises(InputError, match="factor_dtype"):
         PaDiM(weights="random", factor_dtype="int8")
+    with pytest.raises(InputError, match="n_features must be 1..448"):
+        PaDiM(weights="random", n_features=0)
     with pytest.raises(InputError, match="there is no file"):
         PaDiM.load(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -142,6 +148,16 @@ def test_wrong_use_is_named(tmp_path):
     torch.save({"format": "something else"}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="lacks the mark"):
         PaDiM.load(tmp_path / "other.pt")
+    model.fit([train])
+    model.save(tmp_path / "whole.pt")
+    state = torch.load(tmp_path / "whole.pt", weights_only=True)
+    torch.save(state | {"version": 99}, tmp_path / "new.pt")
+    with pytest.raises(InputError, match="has version 99"):
+        PaDiM.load(tmp_path / "new.pt")
+    del state["mean"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(InputError, match="damaged PaDiM: 'mean'"):
+        PaDiM.load(tmp_path / "part.pt")
 
 
 # ---------------------------------------------------------------------------------- preparation
@@ -155,11 +171,14 @@ def test_paper_preset_is_resize_and_centre_crop():
     lanczos = Compose([Resize(256, InterpolationMode.LANCZOS), CenterCrop(224), ToTensor()])
     expected = lanczos(Image.fromarray(photo))
     ours = displayed_image(prepare_image(photo, PRESETS["paper"]))
-    assert np.array_equal(ours, (expected * 255).round().byte().permute(1, 2, 0).numpy())
+    expected = (expected * 255).round().permute(1, 2, 0).numpy()
+    # Only the part that is kept is resized: the box's edge is rounded to float32 inside PIL.
+    difference = np.abs(ours.astype(float) - expected)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
     mask = photo[..., 0] > 128
     nearest = Compose([Resize(256, InterpolationMode.NEAREST), CenterCrop(224)])
     expected = np.asarray(nearest(Image.fromarray(mask.astype(np.uint8)))).astype(bool)
-    assert np.array_equal(prepare_mask(mask, PRESETS["paper"]), expected)
+    assert (prepare_mask(mask, PRESETS["paper"]) != expected).mean() < 1e-4
 
 
 def test_anomalib_preset_is_a_square():
@@ -173,7 +192,7 @@ def test_anomalib_preset_is_a_square():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (255, 257), (1000, 31)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20000), (255, 257), (1000, 31)])
 def test_any_image_size_is_prepared(preset, shape):
     size = PRESETS[preset].size
     image = np.full((*shape, 3), 100, np.uint8)

@@ -149,7 +149,7 @@ def test_resume_without_a_checkpoint_starts_anew(data, tmp_path, narrow_heads):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n')
     assert pretrain(config(data, tmp_path, resume="auto", max_steps=1)) == 0
     assert len(trace(tmp_path)) == 1 and trace(tmp_path)[0]["loss"] != 5
-    with pytest.raises(InputError, match="there is no checkpoint .*nowhere.pt"):
+    with pytest.raises(InputError, match="there is no file .*nowhere.pt"):
         pretrain(config(data, tmp_path, resume=tmp_path / "nowhere.pt"))
 
 
@@ -277,21 +277,22 @@ def test_tensorboard_is_optional(data, tmp_path, monkeypatch, narrow_heads, caps
 # --------------------------------------------------------------------------------- what goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, narrow_heads):
+@pytest.mark.parametrize("step", [5, 6])  # 6 ends an epoch: it would be saved
+def test_a_loss_that_is_not_finite_stops_the_run(step, data, tmp_path, monkeypatch, narrow_heads):
     compute, calls = module.compute_losses, []
 
     def compute_losses(*args):
         losses = compute(*args)
         calls.append(1)
-        return losses | {"loss": losses["loss"] * (torch.nan if len(calls) == 5 else 1)}
+        return losses | {"loss": losses["loss"] * (torch.nan if len(calls) == step else 1)}
 
     monkeypatch.setattr(module, "compute_losses", compute_losses)
     with pytest.raises(InputError) as caught:
         pretrain(config(data, tmp_path))
     loader = ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7)
-    indices = loader._samples(1)[1].tolist()
-    assert f"the loss of step 5 is nan, on the images {indices}" in str(caught.value)
-    assert [line["step"] for line in trace(tmp_path)] == [1, 2, 3, 4]
+    indices = loader._samples(1)[step - 4].tolist()
+    assert f"the loss of step {step} is nan, on the images {indices}" in str(caught.value)
+    assert [line["step"] for line in trace(tmp_path)] == list(range(1, step))
     checkpoint = read_checkpoint(tmp_path / "last.pt")
     assert checkpoint["step"] == 3
     assert all(t.isfinite().all() for t in checkpoint["model"].values())

@@ -169,8 +169,12 @@ def test_bad_input_is_named():
         sample_view_params(recipe, [(3, 3), (4, 4)], [0], 0, 0)
     with pytest.raises(InputError, match="at least 1 x 1"):
         sample_view_params(recipe, [(0, 3)], [0], 0, 0)
-    with pytest.raises(InputError, match="must not be negative"):
+    with pytest.raises(InputError, match=r"must be in 0..2\^63 - 1"):
         sample_view_params(recipe, [(3, 3)], [-1], 0, 0)
+    with pytest.raises(InputError, match=r"must be in 0..2\^63 - 1"):
+        sample_view_params(recipe, [(3, 3)], [0], 0, 2**64)
+    with pytest.raises(InputError, match=r"sizes must be \(N, 2\)"):
+        sample_view_params(recipe, [(30, 40, 3)] * 2, range(3), 0, 0)
     with pytest.raises(InputError, match="local_aug is one of"):
         recipes.simsiam(local_aug="mixup")
     with pytest.raises(InputError, match="spd_source is one of"):

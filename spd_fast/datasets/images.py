@@ -34,7 +34,8 @@ def read_image(path: str | Path) -> np.ndarray:
     """Read an image file as RGB.
 
     The EXIF orientation is applied and an alpha channel dropped. 16-bit grayscale is scaled from
-    0..65535 to 0..255 with rounding. Of an animation the first frame is taken.
+    0..65535 to 0..255 with rounding. Of an animation the first frame is taken. Damage inside the
+    compressed data that the JPEG decoder bridges by itself is not noticed; a file cut short is.
 
     Returns:
         (H, W, 3) uint8, writable.
@@ -60,7 +61,8 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_mask_values(path: str | Path) -> np.ndarray:
     """Read the values of a mask as stored: class indices, 0 is normal.
 
-    Of a palette image the indices are taken, of one with several planes the first plane.
+    Of a palette image the indices are taken, of several colour planes the largest value; an alpha
+    plane is left out.
 
     Returns:
         (H, W), of the type in the file.
@@ -70,7 +72,8 @@ def read_mask_values(path: str | Path) -> np.ndarray:
     """
     with _decoded(path) as image:
         values = np.asarray(image)
-    return values if values.ndim == 2 else values[..., 0]
+        colours = len(image.getbands()) - ("A" in image.getbands())
+    return values if values.ndim == 2 else values[..., :colours].max(axis=2)
 
 
 def read_mask(path: str | Path, shape: tuple[int, int] | None = None) -> np.ndarray:

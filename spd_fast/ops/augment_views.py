@@ -1,5 +1,6 @@
 """`augment_views`: all augmented views of a batch of images in one call."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,10 +18,11 @@ from spd_fast.ops.backends import (
     select,
     thread_count,
 )
-from spd_fast.views import COLUMNS, PATCH_KINDS
+from spd_fast.views import COLUMNS, INTEGER_COLUMNS, PATCH_KINDS, view_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_SIDE = 1 << 24  # whole numbers are exact in the float32 table up to here
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 Image = np.ndarray | Tensor
@@ -65,6 +67,8 @@ def augment_views(
     Raises:
         InputError: an argument has the wrong shape, dtype or range; the message names it.
     """
+    if not isinstance(params, Tensor):
+        raise InputError(f"params must be a float32 tensor, got {type(params).__name__}")
     buffers, layout = _as_buffers(images)
     if out is None:
         out = _empty_views(params, size, dtype, channels_last, buffers[0].device)
@@ -128,8 +132,11 @@ def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
 def _as_tensor(image: Image) -> Tensor:
     if isinstance(image, Tensor):
         return image
-    # torch warns about arrays that it must not write to; nothing here writes to them.
-    return torch.from_numpy(image if image.flags.writeable else image.copy())
+    if not isinstance(image, np.ndarray):
+        raise InputError(f"an image must be a numpy array or a tensor, got {type(image).__name__}")
+    # torch knows no negative strides, and warns about arrays that it must not write to.
+    plain = image.flags.writeable and all(stride >= 0 for stride in image.strides)
+    return torch.from_numpy(image if plain else image.copy())
 
 
 def _empty_views(
@@ -141,10 +148,8 @@ def _empty_views(
 ) -> Tensor:
     if params.ndim != 3 or params.shape[2] != len(COLUMNS):
         raise InputError(f"params must be (N, V, {len(COLUMNS)}), got {tuple(params.shape)}")
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = view_size(size)
     n, v, _ = params.shape
-    if height < 1 or width < 1:
-        raise InputError(f"size must be at least 1, got {size}")
     if channels_last:
         views = torch.empty(v, n, height, width, 3, dtype=dtype, device=device)
         return views.permute(0, 1, 4, 2, 3)
@@ -177,8 +182,12 @@ def check(
         raise InputError(f"out must be ({v}, {n}, 3, height, width), got {tuple(out.shape)}")
     if out.dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {out.dtype}")
-    if len(mean) != 3 or len(std) != 3 or not all(s > 0 for s in std):
-        raise InputError(f"mean and std need 3 values, std above 0; got {mean} and {std}")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
+        raise InputError("out must not be an expanded tensor: its elements share memory")
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))):
+        raise InputError(f"mean and std need 3 finite values, got {mean} and {std}")
+    if not all(s > 0 for s in std):
+        raise InputError(f"std must be above 0, got {std}")
     if n and v:
         _check_layout(buffers, layout)
         _check_rows(layout, params, out.shape[3], out.shape[4])
@@ -188,8 +197,11 @@ def _check_layout(buffers: Sequence[Tensor], layout: Tensor) -> None:
     index, offset, height, width = layout.unbind(1)
     if (layout < 0).any() or (layout[:, 2:] < 1).any() or (index >= len(buffers)).any():
         raise InputError("every image needs an offset of at least 0 and at least 1 x 1 pixels")
+    if (layout[:, 2:] >= MAX_SIDE).any():
+        raise InputError(f"an image's sides must be below {MAX_SIDE} pixels")
     room = torch.tensor([b.numel() for b in buffers])[index]
-    beyond = (offset + height * width * 3 > room).nonzero()
+    # Written so that no product or sum can overflow, whatever the offset.
+    beyond = ((offset > room) | (height * width * 3 > room - offset)).nonzero()
     if len(beyond):
         i = int(beyond[0])
         raise InputError(f"image {i} of {height[i]} x {width[i]} reaches past its buffer's end")
@@ -207,6 +219,8 @@ def _check_rows(layout: Tensor, params: Tensor, height: int, width: int) -> None
             i, k = bad.nonzero()[0].tolist()
             raise InputError(f"params of image {i}, view {k}: {what}")
 
+    for name in INTEGER_COLUMNS:
+        refuse(p[name] != p[name].floor(), f"{name} must be a whole number")
     source = p["source"]
     refuse((source < -1) | (source >= v), f"source must be -1 or a view index below {v}")
     from_view = source >= 0

@@ -110,6 +110,8 @@ def _gaussian_update(
     backend: str | None = None,
 ) -> None:
     _check(features, channels, mean, scatter, "scatter", (torch.float32,))
+    if not len(features[0]):  # no image: the mean of nothing would be NaN
+        return
     chosen = select("gaussian_update", backend, features, channels, mean, scatter)
     chosen.function(features, channels, count, mean, scatter, threads)
 
