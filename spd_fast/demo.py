@@ -83,7 +83,7 @@ def _make_data(out: Path) -> tuple[Path, Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     if not visa.exists():
         print("== drawing a synthetic VisA", flush=True)
-        write_synthetic_visa(unfinished)
+        write_synthetic_visa(unfinished, n_normal=100)
         unfinished.rename(visa)
     if not images.exists():
         print("== cutting photographs", flush=True)

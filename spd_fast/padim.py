@@ -131,7 +131,8 @@ class PaDiM:
         for images in batches:
             layers = self.features(images)
             if scatter is None:
-                positions, d = layers[0][0, 0].numel(), len(self.channels)
+                height, width = layers[0].shape[2:]
+                positions, d = height * width, len(self.channels)
                 mean = torch.zeros(positions, d, device=self.device)
                 scatter = torch.zeros(positions, packed_size(d), device=self.device)
                 self.image_size = tuple(images.shape[2:])
