@@ -32,16 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.lstrip("-").isdigit() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdigit() else -1
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be in 0..2^63 - 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^63 - 1, got {text}")
     return value
 
 
@@ -240,7 +240,7 @@ def _add_evaluate(commands) -> None:
     add("--seed", type=_seed, default=0, help="of the kept channels and of random weights")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
-    add("--save-models", action="store_true", help="write OUT/<category>/padim.pt for predict")
+    add("--save-models", action="store_true", help="write OUT/categories/NAME/padim.pt")
     add("--out", required=True, help="output directory")
 
 

@@ -1,6 +1,5 @@
 """The main job on small real data: pre-train with and without SPD, fit PaDiM, compare."""
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -92,7 +91,7 @@ def _make_data(out: Path) -> tuple[Path, Path]:
             folder = unfinished / f"normal_{category.name}"  # photographs may share a name
             folder.mkdir()
             for sample in category.train:
-                os.link(sample.image, folder / sample.image.name)
+                shutil.copy(sample.image, folder)
         unfinished.rename(images)
     return visa, images
 

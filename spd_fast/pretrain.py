@@ -80,6 +80,7 @@ def pretrain(config: PretrainConfig) -> int:
             finite (the last checkpoint stays); `out` cannot be written.
     """
     _check(config)
+    checkpoint = _find_checkpoint(config)
     device = pick_device(config.device)
     views = RECIPES[config.recipe](config.spd, config.local_aug)
     loader = ViewLoader(
@@ -100,7 +101,13 @@ def pretrain(config: PretrainConfig) -> int:
         model.parameter_groups(), lr, config.momentum, weight_decay=config.weight_decay
     )
     out = make_output_dir(config.out)
-    step = _resume(config, model, optimizer, loader)
+    for leftover in out.glob(".last.pt.*"):  # of a process that was killed while it saved
+        leftover.unlink()
+    step = 0
+    if checkpoint:
+        step = _restore(checkpoint, steps, model, optimizer, loader)
+        if not (out / "last.pt").exists():  # it came from another run's directory
+            save_checkpoint(out / "last.pt", config, model, optimizer, loader, step, steps)
     resolved = {
         "device": str(device),
         "steps": steps,
@@ -127,11 +134,11 @@ def pretrain(config: PretrainConfig) -> int:
             stop = bool(caught)  # read once: a signal after this line is seen at the next step
             if stop or step == steps or step % len(loader) == 0:
                 log.flush()  # refuses a loss that is not finite before it gets into a checkpoint
-                save_checkpoint(out / "last.pt", config, model, optimizer, loader, step)
+                save_checkpoint(out / "last.pt", config, model, optimizer, loader, step, steps)
             if stop:
                 break
     _say_how_it_ended(out, step, steps, loader)
-    return 128 + caught[0] if caught else 0
+    return 128 + caught[0] if step < steps else 0
 
 
 def compute_losses(model: SimSiam, views: Tensor, eta: float) -> dict[str, Tensor]:
@@ -167,6 +174,10 @@ def cosine_lr(initial: float, step: int, steps: int) -> float:
 def _check(config: PretrainConfig) -> None:
     if config.recipe not in RECIPES:
         raise InputError(f"recipe {config.recipe!r} is not there; available: {', '.join(RECIPES)}")
+    for name in ("lr", "eta", "momentum", "weight_decay"):
+        value = getattr(config, name)
+        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
+            raise InputError(f"{name} must be a finite positive number, got {value}")
     if config.batch_size < 2:
         raise InputError(f"batch_size must be at least 2 for batch norm, got {config.batch_size}")
     for name in ("epochs", "max_steps"):
@@ -193,18 +204,26 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     loader: ViewLoader,
     step: int,
+    steps: int,
 ) -> None:
     """Write everything a run needs to go on, and the backbone's weights for `load_backbone`.
 
     Raises:
-        InputError: the disk refuses; what was at `path` is unchanged.
+        InputError: the disk refuses, or a weight is not finite; what was at `path` is unchanged.
     """
+    for name, tensor in model.state_dict().items():
+        if not bool(tensor.isfinite().all()):  # the loss was still finite before the last update
+            raise InputError(
+                f"after step {step} the weights {name} are not finite: a lower learning rate may "
+                f"help; the last checkpoint is kept"
+            )
     state = {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
         "backbone": model.backbone.state_dict(),  # its tensors are in the file only once
         "config": _settings(config),
         "step": step,
+        "steps": steps,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "loader": loader.state_dict(),
@@ -213,19 +232,18 @@ def save_checkpoint(
     save_state(path, state)
 
 
-def _resume(
-    config: PretrainConfig, model: SimSiam, optimizer: torch.optim.Optimizer, loader: ViewLoader
-) -> int:
-    """Put everything back to where the checkpoint was, if one is to be used; returns its step."""
+def _find_checkpoint(config: PretrainConfig) -> dict | None:
+    """The checkpoint that the run goes on from, checked against the configuration."""
     path = last = Path(config.out) / "last.pt"
-    if not config.resume:
-        if last.exists():
-            raise InputError(f"{config.out} already holds a run: resume it, or give another `out`")
-        return 0
-    if config.resume is not True and config.resume != "auto":
+    if config.resume is True or config.resume == "auto":
+        if not last.exists():
+            return None
+    elif config.resume:
         path = Path(config.resume)
-    elif not last.exists():
-        return 0
+    if last.exists() and (not config.resume or path.resolve() != last.resolve()):
+        raise InputError(f"{config.out} already holds a run: resume it, or give another `out`")
+    if not config.resume:
+        return None
     state = read_checkpoint(path)
     own = _settings(config)
     for name in FIXED:
@@ -234,10 +252,23 @@ def _resume(
                 f"{path} cannot be resumed: it was made with {name} {state['config'].get(name)!r}, "
                 f"but {name} is now {own[name]!r}"
             )
+    return state | {"path": path}
+
+
+def _restore(
+    state: dict, steps: int, model: SimSiam, optimizer: torch.optim.Optimizer, loader: ViewLoader
+) -> int:
+    """Put everything back to where the checkpoint was; returns its step."""
+    path = state["path"]
     try:
         loader.load_state_dict(state["loader"])
     except InputError as error:
         raise InputError(f"{path} cannot be resumed: {error}") from error
+    if state["steps"] != steps:
+        raise InputError(
+            f"{path} cannot be resumed: its schedule spans {state['steps']} steps, but epochs and "
+            f"max_steps now give {steps}"
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])

@@ -149,8 +149,35 @@ def test_resume_without_a_checkpoint_starts_anew(data, tmp_path, narrow_heads):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n')
     assert pretrain(config(data, tmp_path, resume="auto", max_steps=1)) == 0
     assert len(trace(tmp_path)) == 1 and trace(tmp_path)[0]["loss"] != 5
+    fresh = tmp_path / "fresh"
     with pytest.raises(InputError, match="there is no file .*nowhere.pt"):
-        pretrain(config(data, tmp_path, resume=tmp_path / "nowhere.pt"))
+        pretrain(config(data, fresh, resume=tmp_path / "nowhere.pt"))
+    assert not fresh.exists()
+
+
+def test_resume_from_another_directory(data, uninterrupted, tmp_path):
+    assert pretrain(config(data, tmp_path / "a", resume=uninterrupted / "last.pt")) == 0
+    assert read_checkpoint(tmp_path / "a" / "last.pt")["step"] == 9
+    other = config(data, tmp_path / "b", seed=8, max_steps=1)
+    assert pretrain(other) == 0
+    before = (tmp_path / "b" / "last.pt").read_bytes()
+    with pytest.raises(InputError, match="b already holds a run"):
+        pretrain(config(data, tmp_path / "b", resume=uninterrupted / "last.pt"))
+    assert (tmp_path / "b" / "last.pt").read_bytes() == before
+
+
+def test_a_schedule_of_another_length_is_refused(data, uninterrupted):
+    for change in ({"epochs": 4}, {"max_steps": 5}):
+        with pytest.raises(InputError, match="schedule spans 9 steps, but .* now give"):
+            pretrain(config(data, uninterrupted, resume=True, **change))
+
+
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, narrow_heads, monkeypatch):
+    """The loss of the last step is still finite; its update is not."""
+    monkeypatch.setattr("spd_fast.pretrain.cosine_lr", lambda *_: float("inf"))
+    with pytest.raises(InputError, match="weights .* are not finite"):
+        pretrain(config(data, tmp_path, max_steps=1))
+    assert not (tmp_path / "last.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -304,12 +331,12 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     loader = ViewLoader(data, recipes.simsiam(), 8)
     path = tmp_path / "last.pt"
     save = partial(save_checkpoint, path, config(data, tmp_path), model, optimizer, loader)
-    save(step=1)
+    save(step=1, steps=9)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file may outgrow 1 MiB
     try:
         with pytest.raises(InputError, match="last.pt cannot be written .*unchanged"):
-            save(step=2)
+            save(step=2, steps=9)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_checkpoint(path)["step"] == 1
@@ -338,6 +365,8 @@ def test_wrong_configurations_leave_nothing_behind(data, tmp_path):
         ({"batch_size": 1}, "batch_size must be at least 2"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"lr": -1.0}, "lr must be a finite positive number, got -1.0"),
+        ({"eta": float("nan")}, "eta must be a finite positive number"),
         ({"batch_size": 32}, "a batch needs 32 images, but the data has only 24"),
         ({"local_aug": "cutout"}, "cutout"),
         ({"backbone": "vgg16"}, "vgg16"),
