@@ -196,7 +196,24 @@ def _add_pretrain(commands) -> None:
     add("--batch-size", type=_positive, default=512)
     add("--epochs", type=_positive, default=100)
     add("--max-steps", type=_positive, help="stop after so many steps; the schedule spans them")
+    add(
+        "--init",
+        default="random",
+        help="weights of the backbone to start from: random, imagenet, or a checkpoint file",
+    )
     add("--eta", type=float, default=0.1, help="weight of the SPD loss")
+    add(
+        "--spd-loss",
+        default="cosine",
+        choices=("cosine", "xent"),
+        help="formula 2, or the cross-entropy of a classifier that tells negatives from positives",
+    )
+    add(
+        "--spd-source",
+        default="anchor",
+        choices=("anchor", "image"),
+        help="make the SPD views from the first strong view, or from the image",
+    )
     add("--local-aug", default="smoothblend", choices=("smoothblend", "cutpaste"))
     add("--lr", type=float, default=0.05, help="for a batch of 256; scaled with the batch")
     add("--workers", type=_positive, default=2, help="threads that read and augment")

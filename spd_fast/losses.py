@@ -37,3 +37,14 @@ def spd_loss(z: Tensor, z_neg: Tensor, z_pos: Tensor) -> Tensor:
     The gradient flows through all three projections.
     """
     return (cosine(z, z_neg) - cosine(z, z_pos)).mean()
+
+
+def spd_cross_entropy(logits_neg: Tensor, logits_pos: Tensor) -> Tensor:
+    """The cross-entropy form of SPD ("Xent" of the ablation): class 0 is x_pos, class 1 is x_neg.
+
+    Both are (N, 2) logits of a linear classifier on the backbone's features (paper 3.3); the mean
+    over the 2 N views, log 2 for a classifier that knows nothing.
+    """
+    logits = torch.cat([logits_pos, logits_neg])
+    labels = torch.arange(2, device=logits.device).repeat_interleave(len(logits_pos))
+    return F.cross_entropy(logits, labels)

@@ -171,9 +171,16 @@ class SimSiam(nn.Module):
         backbone: name of a torchvision ResNet.
         dim: width of the projections.
         predictor_dim: width of the predictor's bottleneck.
+        spd_classifier: add the linear classifier that SPD with cross-entropy needs.
     """
 
-    def __init__(self, backbone: str = "resnet50", dim: int = 2048, predictor_dim: int = 512):
+    def __init__(
+        self,
+        backbone: str = "resnet50",
+        dim: int = 2048,
+        predictor_dim: int = 512,
+        spd_classifier: bool = False,
+    ):
         super().__init__()
         self.backbone = new_backbone(backbone, zero_init_residual=True)
         width = self.backbone.fc.in_features
@@ -185,10 +192,15 @@ class SimSiam(nn.Module):
             nn.BatchNorm1d(dim, affine=False),
         )
         self.predictor = nn.Sequential(*_hidden(dim, predictor_dim), nn.Linear(predictor_dim, dim))
+        self.spd_classifier = nn.Linear(width, 2) if spd_classifier else None
 
     def project(self, views: Tensor) -> Tensor:
         """(N, 3, S, S) -> projections z (N, dim)."""
         return self.projector(self.backbone(views))
+
+    def tell_apart(self, views: Tensor) -> Tensor:
+        """(N, 3, S, S) -> logits (N, 2) of being an SPD positive, an SPD negative."""
+        return self.spd_classifier(self.backbone(views))
 
     def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, S, S) -> predictions p and projections z, both (N, dim)."""
@@ -197,10 +209,11 @@ class SimSiam(nn.Module):
 
     def parameter_groups(self) -> list[dict]:
         """For the optimizer: the predictor's rate stays fixed while that of the others decays."""
-        decaying = [*self.backbone.parameters(), *self.projector.parameters()]
+        fixed = list(self.predictor.parameters())
+        decaying = [p for name, p in self.named_parameters() if not name.startswith("predictor.")]
         return [
             {"params": decaying, "fixed_lr": False},
-            {"params": list(self.predictor.parameters()), "fixed_lr": True},
+            {"params": fixed, "fixed_lr": True},
         ]
 
 

@@ -1,10 +1,9 @@
 """Pre-training: SimSiam with the SPot-the-Difference regulariser (paper section 3.3)."""
 
-import json
 import math
+import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,19 +16,22 @@ from tqdm import tqdm
 
 from spd_fast import recipes
 from spd_fast.errors import InputError
-from spd_fast.files import make_output_dir, save_state, write_json, write_text
+from spd_fast.files import make_output_dir, save_state, write_json
 from spd_fast.info import versions
 from spd_fast.loader import Batch, ViewLoader
-from spd_fast.losses import simsiam_loss, spd_loss
+from spd_fast.losses import simsiam_loss, spd_cross_entropy, spd_loss
 from spd_fast.models import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_VERSION,
     SimSiam,
+    load_backbone,
     pick_device,
     read_checkpoint,
 )
+from spd_fast.steplog import StepLog
 
 RECIPES = {"simsiam": recipes.simsiam}
+SPD_LOSSES = ("cosine", "xent")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class PretrainConfig:
     out: str | Path
     recipe: str = "simsiam"
     spd: bool = True
+    spd_loss: str = "cosine"  # formula 2, or "xent": a classifier tells x_neg from x_pos
+    spd_source: str = "anchor"  # the SPD views come from x, or from the decoded "image"
     local_aug: str = "smoothblend"  # or "cutpaste"
     backbone: str = "resnet50"
+    init: str | Path = "random"  # weights to start from, as `load_backbone` takes them
     size: int = 224  # of the views, pixels
     batch_size: int = 512
     epochs: int = 100
@@ -59,8 +64,8 @@ class PretrainConfig:
 
 # What decides the losses: a run goes on only with the same. (Of `data`, the files' names decide.)
 FIXED = (
-    *("recipe", "spd", "local_aug", "backbone", "size", "batch_size", "eta", "lr", "momentum"),
-    *("weight_decay", "seed"),
+    *("recipe", "spd", "spd_loss", "spd_source", "local_aug", "backbone", "init", "size"),
+    *("batch_size", "eta", "lr", "momentum", "weight_decay", "seed"),
 )
 
 
@@ -81,11 +86,71 @@ def pretrain(config: PretrainConfig) -> int:
     """
     _check(config)
     checkpoint = _find_checkpoint(config)
+    run = _new_run(config, load_init=checkpoint is None)
+    with _run_directory(config.out) as out:
+        if checkpoint:
+            _restore(run, checkpoint)
+            if not (out / "last.pt").exists():  # it came from another run's directory
+                save_checkpoint(out / "last.pt", run)
+        resolved = {
+            "device": str(run.loader.device),
+            "steps": run.steps,
+            "initial_lr": run.lr,
+            "images": len(run.loader.data),
+            "versions": versions(),
+        }
+        write_json(out / "config.json", _settings(config) | resolved)
+        caught = _train(run, out)
+    _say_how_it_ended(run, out)
+    return 128 + caught[0] if run.step < run.steps else 0
+
+
+@dataclass
+class Run:
+    """All that changes while a run goes on, and how far it goes."""
+
+    config: PretrainConfig
+    model: SimSiam
+    optimizer: torch.optim.Optimizer
+    loader: ViewLoader
+    lr: float  # initial
+    steps: int  # of the whole run
+    step: int = 0  # done
+
+
+def _train(run: Run, out: Path) -> list[int]:
+    """To the last step, or until a signal comes; returns the signals that came."""
+    model, optimizer = run.model, run.optimizer
+    with (
+        _signals() as caught,
+        StepLog(out, run.step, run.steps, run.loader) as log,
+        _endless(run.loader) as batches,
+    ):
+        while run.step < run.steps:
+            batch = next(batches)
+            for group in optimizer.param_groups:
+                fixed = group["fixed_lr"]
+                group["lr"] = run.lr if fixed else cosine_lr(run.lr, run.step, run.steps)
+            losses = compute_losses(model, batch.views, run.config.eta)
+            optimizer.zero_grad()
+            losses["loss"].backward()
+            optimizer.step()
+            run.step += 1
+            log.add(run.step, batch, losses, optimizer.param_groups[0]["lr"])
+            stop = bool(caught)  # read once: a signal after this line is seen at the next step
+            if stop or run.step == run.steps or run.step % len(run.loader) == 0:
+                log.flush()  # refuses a loss that is not finite before it gets into a checkpoint
+                save_checkpoint(out / "last.pt", run)
+            if stop:
+                break
+    return caught
+
+
+def _new_run(config: PretrainConfig, load_init: bool) -> Run:
     device = pick_device(config.device)
-    views = RECIPES[config.recipe](config.spd, config.local_aug)
     loader = ViewLoader(
         config.data,
-        views,
+        RECIPES[config.recipe](config.spd, config.local_aug, config.spd_source),
         config.batch_size,
         size=config.size,
         device=device,
@@ -93,52 +158,19 @@ def pretrain(config: PretrainConfig) -> int:
         workers=config.workers,
         skip_bad_images=config.skip_bad_images,
     )
-    steps = min(config.epochs * len(loader), config.max_steps or math.inf)
     torch.manual_seed(config.seed)
-    model = SimSiam(config.backbone).to(device, memory_format=torch.channels_last)
+    model = SimSiam(config.backbone, spd_classifier=config.spd and config.spd_loss == "xent")
+    if load_init and str(config.init) != "random":
+        start = load_backbone(config.backbone, config.init)
+        start.fc = torch.nn.Identity()
+        model.backbone.load_state_dict(start.state_dict())
+    model.to(device, memory_format=torch.channels_last)
     lr = config.lr * config.batch_size / 256
     optimizer = torch.optim.SGD(
         model.parameter_groups(), lr, config.momentum, weight_decay=config.weight_decay
     )
-    out = make_output_dir(config.out)
-    for leftover in out.glob(".last.pt.*"):  # of a process that was killed while it saved
-        leftover.unlink()
-    step = 0
-    if checkpoint:
-        step = _restore(checkpoint, steps, model, optimizer, loader)
-        if not (out / "last.pt").exists():  # it came from another run's directory
-            save_checkpoint(out / "last.pt", config, model, optimizer, loader, step, steps)
-    resolved = {
-        "device": str(device),
-        "steps": steps,
-        "initial_lr": lr,
-        "images": len(loader.data),
-    }
-    write_json(out / "config.json", _settings(config) | resolved | {"versions": versions()})
-
-    with (
-        _signals() as caught,
-        _StepLog(out, step, steps, loader) as log,
-        _endless(loader) as batches,
-    ):
-        while step < steps:
-            batch = next(batches)
-            for group in optimizer.param_groups:
-                group["lr"] = lr if group["fixed_lr"] else cosine_lr(lr, step, steps)
-            losses = compute_losses(model, batch.views, config.eta)
-            optimizer.zero_grad()
-            losses["loss"].backward()
-            optimizer.step()
-            step += 1
-            log.add(step, batch, losses, optimizer.param_groups[0]["lr"])
-            stop = bool(caught)  # read once: a signal after this line is seen at the next step
-            if stop or step == steps or step % len(loader) == 0:
-                log.flush()  # refuses a loss that is not finite before it gets into a checkpoint
-                save_checkpoint(out / "last.pt", config, model, optimizer, loader, step, steps)
-            if stop:
-                break
-    _say_how_it_ended(out, step, steps, loader)
-    return 128 + caught[0] if step < steps else 0
+    steps = min(config.epochs * len(loader), config.max_steps or math.inf)
+    return Run(config, model, optimizer, loader, lr, steps)
 
 
 def compute_losses(model: SimSiam, views: Tensor, eta: float) -> dict[str, Tensor]:
@@ -158,12 +190,18 @@ def compute_losses(model: SimSiam, views: Tensor, eta: float) -> dict[str, Tenso
     ssl = simsiam_loss(p, p_hat, z, z_hat)
     losses = {"loss": ssl, "loss_ssl": ssl}
     if len(views) == 4:
-        losses["loss_spd"] = spd_loss(
-            z, z_pos=model.project(views[2]), z_neg=model.project(views[3])
-        )
+        losses["loss_spd"] = _spd_loss(model, z, x_pos=views[2], x_neg=views[3])
         losses["loss"] = ssl + eta * losses["loss_spd"]
     losses["z_std"] = F.normalize(z.detach(), dim=1).std(dim=0).mean()
     return losses
+
+
+def _spd_loss(model: SimSiam, z: Tensor, x_pos: Tensor, x_neg: Tensor) -> Tensor:
+    if model.spd_classifier is None:
+        return spd_loss(z, z_pos=model.project(x_pos), z_neg=model.project(x_neg))
+    return spd_cross_entropy(
+        logits_pos=model.tell_apart(x_pos), logits_neg=model.tell_apart(x_neg)
+    )
 
 
 def cosine_lr(initial: float, step: int, steps: int) -> float:
@@ -174,6 +212,8 @@ def cosine_lr(initial: float, step: int, steps: int) -> float:
 def _check(config: PretrainConfig) -> None:
     if config.recipe not in RECIPES:
         raise InputError(f"recipe {config.recipe!r} is not there; available: {', '.join(RECIPES)}")
+    if config.spd_loss not in SPD_LOSSES:
+        raise InputError(f"spd_loss is one of {SPD_LOSSES}, got {config.spd_loss!r}")
     for name in ("lr", "eta", "momentum", "weight_decay"):
         value = getattr(config, name)
         if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
@@ -189,7 +229,8 @@ def _check(config: PretrainConfig) -> None:
 def _settings(config: PretrainConfig) -> dict:
     """The configuration as plain values; whether it was resumed is no part of a run."""
     data = [config.data] if isinstance(config.data, str | Path) else config.data
-    settings = asdict(config) | {"data": [str(path) for path in data], "out": str(config.out)}
+    settings = asdict(config) | {"data": [str(path) for path in data]}
+    settings |= {"out": str(config.out), "init": str(config.init)}
     del settings["resume"]
     return settings
 
@@ -197,36 +238,28 @@ def _settings(config: PretrainConfig) -> dict:
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(
-    path: Path,
-    config: PretrainConfig,
-    model: SimSiam,
-    optimizer: torch.optim.Optimizer,
-    loader: ViewLoader,
-    step: int,
-    steps: int,
-) -> None:
+def save_checkpoint(path: Path, run: Run) -> None:
     """Write everything a run needs to go on, and the backbone's weights for `load_backbone`.
 
     Raises:
         InputError: the disk refuses, or a weight is not finite; what was at `path` is unchanged.
     """
-    for name, tensor in model.state_dict().items():
+    for name, tensor in run.model.state_dict().items():
         if not bool(tensor.isfinite().all()):  # the loss was still finite before the last update
             raise InputError(
-                f"after step {step} the weights {name} are not finite: a lower learning rate may "
-                f"help; the last checkpoint is kept"
+                f"after step {run.step} the weights {name} are not finite: a lower learning rate "
+                f"may help; the last checkpoint is kept"
             )
     state = {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
-        "backbone": model.backbone.state_dict(),  # its tensors are in the file only once
-        "config": _settings(config),
-        "step": step,
-        "steps": steps,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "loader": loader.state_dict(),
+        "backbone": run.model.backbone.state_dict(),  # its tensors are in the file only once
+        "config": _settings(run.config),
+        "step": run.step,
+        "steps": run.steps,
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "loader": run.loader.state_dict(),
         "rng": torch.get_rng_state(),
     }
     save_state(path, state)
@@ -255,27 +288,48 @@ def _find_checkpoint(config: PretrainConfig) -> dict | None:
     return state | {"path": path}
 
 
-def _restore(
-    state: dict, steps: int, model: SimSiam, optimizer: torch.optim.Optimizer, loader: ViewLoader
-) -> int:
-    """Put everything back to where the checkpoint was; returns its step."""
+def _restore(run: Run, state: dict) -> None:
+    """Put everything back to where the checkpoint was."""
     path = state["path"]
     try:
-        loader.load_state_dict(state["loader"])
+        run.loader.load_state_dict(state["loader"])
     except InputError as error:
         raise InputError(f"{path} cannot be resumed: {error}") from error
-    if state["steps"] != steps:
+    if state["steps"] != run.steps:
         raise InputError(
             f"{path} cannot be resumed: its schedule spans {state['steps']} steps, but epochs and "
-            f"max_steps now give {steps}"
+            f"max_steps now give {run.steps}"
         )
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
-    return state["step"]
+    run.step = state["step"]
 
 
 # -------------------------------------------------------------------------- around the loop
+
+
+@contextmanager
+def _run_directory(path: str | Path) -> Iterator[Path]:
+    """The directory of a run; if the block fails before the first step, no trace is left there."""
+    existed = Path(path).exists()
+    out = make_output_dir(path)
+    before = set(out.iterdir())
+    for leftover in out.glob(".last.pt.*"):  # of a process that was killed while it saved
+        leftover.unlink()
+    try:
+        yield out
+    except BaseException:
+        log = out / "metrics.jsonl"
+        if not log.exists() or log.stat().st_size == 0:
+            for name in ("config.json", "metrics.jsonl"):
+                if out / name not in before:
+                    (out / name).unlink(missing_ok=True)
+            if out / "tensorboard" not in before:
+                shutil.rmtree(out / "tensorboard", ignore_errors=True)
+            if not existed and not any(out.iterdir()):
+                out.rmdir()
+        raise
 
 
 @contextmanager
@@ -316,106 +370,13 @@ def _endless(loader: ViewLoader) -> Iterator[Iterator[Batch]]:
         yield batches
 
 
-class _StepLog:
-    """The numbers of every step: metrics.jsonl, TensorBoard and the progress line.
-
-    A step is written while the next one is computed: a GPU would have to wait if its loss were read
-    at once. On starting from a checkpoint, what was written after that is dropped.
-    """
-
-    def __init__(self, out: Path, step: int, steps: int, loader: ViewLoader):
-        self.loader, self.pending = loader, None
-        self.path = out / "metrics.jsonl"
-        self._drop_lines_after(step)
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-        self.tensorboard = _tensorboard(out / "tensorboard", step)
-        self.progress = tqdm(
-            total=steps * loader.batch_size,
-            initial=step * loader.batch_size,
-            desc="pretrain",
-            unit="image",
-            mininterval=0.5,
-        )
-        self.started = self.last = time.perf_counter()
-        self.last_wait = self.loader.wait_seconds
-
-    def __enter__(self) -> "_StepLog":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.progress.close()
-        self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-
-    def add(self, step: int, batch: Batch, losses: dict[str, Tensor], lr: float) -> None:
-        self.flush()
-        now, wait = time.perf_counter(), self.loader.wait_seconds
-        values = torch.stack([loss.detach() for loss in losses.values()])
-        speed = {
-            "lr": lr,
-            "images_per_s": self.loader.batch_size / (now - self.last),
-            "wait_share": (wait - self.last_wait) / (now - self.last),
-        }
-        self.pending = step, list(losses), values, speed, batch.indices
-        self.last, self.last_wait = now, wait
-
-    def flush(self) -> None:
-        """Write the step that is waiting.
-
-        Raises:
-            InputError: its loss is not finite.
-        """
-        if self.pending is None:
-            return
-        step, names, values, speed, indices = self.pending
-        self.pending = None
-        numbers = dict(zip(names, values.tolist()))
-        if not math.isfinite(numbers["loss"]):
-            raise InputError(
-                f"the loss of step {step} is {numbers['loss']}, on the images {indices.tolist()}: "
-                f"a lower learning rate may help; the last checkpoint is kept"
-            )
-        numbers |= speed
-        epoch = (step - 1) // len(self.loader)
-        self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
-        if self.tensorboard:
-            for name, number in numbers.items():
-                self.tensorboard.add_scalar(name, number, step)
-        waiting = self.loader.wait_seconds / (time.perf_counter() - self.started)
-        self.progress.set_postfix_str(
-            f"loss {numbers['loss']:.4f}, waiting for data {waiting:.0%}", refresh=False
-        )
-        self.progress.update(self.loader.batch_size)
-
-    def _drop_lines_after(self, step: int) -> None:
-        kept = []
-        if step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    number = json.loads(line)["step"]
-                except ValueError:  # cut off when the machine went down
-                    continue
-                if number <= step:
-                    kept.append(line + "\n")
-        write_text(self.path, "".join(kept))
-
-
-def _tensorboard(path: Path, step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        tqdm.write("tensorboard is not installed: the curves are in metrics.jsonl only")
-        return None
-    return SummaryWriter(path, purge_step=step + 1)
-
-
-def _say_how_it_ended(out: Path, step: int, steps: int, loader: ViewLoader) -> None:
-    if loader.bad_images:
-        tqdm.write(f"{len(loader.bad_images)} unreadable images were replaced by others:")
-    for reason in loader.bad_images.values():
+def _say_how_it_ended(run: Run, out: Path) -> None:
+    bad = run.loader.bad_images
+    if bad:
+        tqdm.write(f"{len(bad)} unreadable images were replaced by others:")
+    for reason in bad.values():
         tqdm.write(f"  {reason}")
-    if step < steps:
-        tqdm.write(f"stopped after step {step} of {steps}: resume from {out / 'last.pt'}")
+    if run.step < run.steps:
+        tqdm.write(f"stopped after step {run.step} of {run.steps}: resume from {out / 'last.pt'}")
     else:
-        tqdm.write(f"checkpoint: {out / 'last.pt'} (step {step})")
+        tqdm.write(f"checkpoint: {out / 'last.pt'} (step {run.step})")

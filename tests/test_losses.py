@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from lightly.loss import NegativeCosineSimilarity
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
+from sklearn.metrics import log_loss
 
-from spd_fast.losses import cosine, info_nce, simsiam_loss, spd_loss
+from spd_fast.losses import cosine, info_nce, simsiam_loss, spd_cross_entropy, spd_loss
 
 
 def vectors(count: int, n: int = 6, d: int = 5, seed: int = 0) -> list[torch.Tensor]:
@@ -76,3 +77,12 @@ def test_spd_gradient_flows_through_all_three():
         moved = [t - 0.1 * t.grad for t in (z, z_neg, z_pos)]
     assert cosine(moved[0], moved[2]).mean() > cosine(z, z_pos).mean()
     assert cosine(moved[0], moved[1]).mean() < cosine(z, z_neg).mean()
+
+
+def test_spd_cross_entropy_equals_scikit_learn():
+    negative, positive = vectors(2, d=2)
+    probabilities = softmax(torch.cat([positive, negative]).numpy(), axis=1)
+    expected = log_loss([0] * 6 + [1] * 6, probabilities)
+    assert spd_cross_entropy(negative, positive).item() == pytest.approx(expected, rel=1e-12)
+    knows_nothing = torch.zeros(3, 2)
+    assert spd_cross_entropy(knows_nothing, knows_nothing).item() == pytest.approx(np.log(2))

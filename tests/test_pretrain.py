@@ -20,7 +20,7 @@ from spd_fast import recipes
 from spd_fast.errors import InputError
 from spd_fast.loader import ViewLoader
 from spd_fast.models import SimSiam, load_backbone, read_checkpoint
-from spd_fast.pretrain import PretrainConfig, cosine_lr, pretrain, save_checkpoint
+from spd_fast.pretrain import PretrainConfig, Run, cosine_lr, pretrain, save_checkpoint
 
 LOSSES = ("step", "epoch", "loss", "loss_ssl", "loss_spd", "z_std", "lr")
 
@@ -178,6 +178,7 @@ def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, narrow_heads,
     with pytest.raises(InputError, match="weights .* are not finite"):
         pretrain(config(data, tmp_path, max_steps=1))
     assert not (tmp_path / "last.pt").exists()
+    assert (tmp_path / "metrics.jsonl").read_text()  # shows how it came to that
 
 
 @pytest.mark.parametrize(
@@ -272,6 +273,69 @@ def test_the_backbone_can_be_loaded(uninterrupted):
     assert (uninterrupted / "last.pt").stat().st_size < 1.01 * (stored + momentum)
 
 
+def test_cross_entropy_spd_equals_a_plain_loop(data, tmp_path):
+    """Two steps, with the logits and their cross-entropy written out."""
+    assert pretrain(config(data, tmp_path, spd_loss="xent", max_steps=2)) == 0
+    torch.manual_seed(7)
+    model = SimSiam("resnet18", spd_classifier=True)
+    classifier = torch.nn.Linear(512, 2)
+    classifier.load_state_dict(model.spd_classifier.state_dict())
+    learning = [*model.backbone.parameters(), *model.projector.parameters()]
+    groups = [[*learning, *classifier.parameters()], [*model.predictor.parameters()]]
+    rate = 0.05 * 8 / 256
+    optimizers = [torch.optim.SGD(group, rate, 0.9, weight_decay=1e-4) for group in groups]
+    batches = ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7)
+    for batch, line in zip(batches, trace(tmp_path)):
+        (p, z), (p_hat, z_hat) = model(batch.views[0]), model(batch.views[1])
+        ssl = -cosine_similarity(p, z_hat.detach()) / 2 - cosine_similarity(p_hat, z.detach()) / 2
+        of_pos, of_neg = (classifier(model.backbone(view)).softmax(1) for view in batch.views[2:])
+        xent = -(of_pos[:, 0].log().mean() + of_neg[:, 1].log().mean()) / 2
+        assert line["loss_spd"] == pytest.approx(xent.item(), rel=1e-3)
+        assert line["loss"] == pytest.approx((ssl.mean() + 0.1 * xent).item(), rel=1e-3)
+        optimizers[0].param_groups[0]["lr"] = line["lr"]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (ssl.mean() + 0.1 * xent).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    saved = read_checkpoint(tmp_path / "last.pt")
+    moved = saved["model"]["spd_classifier.weight"]
+    torch.testing.assert_close(moved, classifier.weight.data, rtol=1e-3, atol=1e-5)
+    load_backbone("resnet18", tmp_path / "last.pt")  # the classifier is no part of it
+
+
+def test_a_run_starts_from_given_weights(data, uninterrupted, tmp_path, narrow_heads):
+    """At a rate of almost zero the backbone stays where it started."""
+    start = uninterrupted / "last.pt"
+    quiet = config(data, tmp_path / "run", init=start, lr=1e-30, max_steps=2, weight_decay=0.0)
+    assert pretrain(replace(quiet, max_steps=1)) == 0
+    before, after = (load_backbone("resnet18", p) for p in (start, tmp_path / "run" / "last.pt"))
+    for (name, old), new in zip(before.named_parameters(), after.parameters()):
+        if not name.startswith("fc."):
+            torch.testing.assert_close(old, new, rtol=1e-6, atol=0, msg=name)
+    with pytest.raises(InputError, match="made with init .*last.pt', but init is now 'random'"):
+        pretrain(replace(quiet, max_steps=1, init="random", resume=True))
+    with pytest.raises(InputError, match="holds a resnet18 backbone, but a resnet34"):
+        pretrain(config(data, tmp_path / "other", init=start, backbone="resnet34"))
+
+
+def test_the_first_weights_are_needed_only_once(data, tmp_path, narrow_heads, monkeypatch):
+    start = tmp_path / "start.pt"
+    torch.save(torchvision.models.resnet18().state_dict(), start)
+    started = config(data, tmp_path / "run", init=start)
+    signal_at(1, signal.SIGTERM, monkeypatch)
+    assert pretrain(started) == 143
+    start.unlink()
+    assert pretrain(replace(started, resume=True)) == 0
+
+
+def test_the_source_of_the_spd_views(data, tmp_path, narrow_heads):
+    for source in ("anchor", "image"):
+        assert pretrain(config(data, tmp_path / source, spd_source=source, max_steps=1)) == 0
+    anchor, image = (trace(tmp_path / source)[0] for source in ("anchor", "image"))
+    assert anchor["loss_ssl"] == image["loss_ssl"] and anchor["loss_spd"] != image["loss_spd"]
+
+
 def test_without_spd_and_with_few_steps(data, tmp_path, narrow_heads):
     assert pretrain(config(data, tmp_path, spd=False, max_steps=4)) == 0
     lines = trace(tmp_path)
@@ -330,13 +394,14 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     optimizer = torch.optim.SGD(model.parameter_groups(), 0.1)
     loader = ViewLoader(data, recipes.simsiam(), 8)
     path = tmp_path / "last.pt"
-    save = partial(save_checkpoint, path, config(data, tmp_path), model, optimizer, loader)
-    save(step=1, steps=9)
+    run = Run(config(data, tmp_path), model, optimizer, loader, lr=0.1, steps=9, step=1)
+    save_checkpoint(path, run)
+    run.step = 2
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # no file may outgrow 1 MiB
     try:
         with pytest.raises(InputError, match="last.pt cannot be written .*unchanged"):
-            save(step=2, steps=9)
+            save_checkpoint(path, run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_checkpoint(path)["step"] == 1
@@ -352,6 +417,7 @@ def test_bad_images(data, tmp_path, narrow_heads, capsys):
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(InputError, match=str(bad)):
         pretrain(config(root, tmp_path / "run", max_steps=3))
+    assert not (tmp_path / "run").exists()
     skipping = config(root, tmp_path / "run", max_steps=3, skip_bad_images=True)
     assert pretrain(skipping) == 0
     out = capsys.readouterr().out
@@ -371,6 +437,10 @@ def test_wrong_configurations_leave_nothing_behind(data, tmp_path):
         ({"local_aug": "cutout"}, "cutout"),
         ({"backbone": "vgg16"}, "vgg16"),
         ({"data": [str(tmp_path / "nothing")]}, "nothing"),
+        ({"spd_loss": "hinge"}, "spd_loss is one of .*'hinge'"),
+        ({"spd_source": "crop"}, "spd_source is one of .*'crop'"),
+        ({"init": str(tmp_path / "weights.pt")}, "there is no file .*weights.pt"),
+        ({"init": str(data / "00.jpg")}, "00.jpg .*not"),
     ):
         with pytest.raises(InputError, match=message):
             pretrain(replace(good, **wrong))
