@@ -72,6 +72,18 @@ def make_output_dir(path: str | Path) -> Path:
     return path
 
 
+def make_empty_dir(path: str | Path) -> Path:
+    """`make_output_dir` for an output that must not mix with what is already there.
+
+    Raises:
+        InputError: as `make_output_dir`, or there is something in the directory.
+    """
+    path = make_output_dir(path)
+    if any(path.iterdir()):
+        raise InputError(f"{path} is not empty: give a new directory, or delete this one first")
+    return path
+
+
 def read_json(path: str | Path):
     """Read a JSON file.
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
+from spd_fast.models import pick_device
 from spd_fast.ops.augment_views import augment_views
 from spd_fast.recipes import Recipe
 from spd_fast.views import sample_view_params
@@ -63,7 +64,7 @@ class ViewLoader:
         batch_size: N, images per batch of this rank.
         backend: "torch" (threads, this class); "auto" chooses it.
         size: S, height and width of the views, pixels.
-        device: where the batches are delivered.
+        device: where the batches are delivered: "auto", "cpu" or "cuda", see `pick_device`.
         seed: of order and views, at least 0.
         rank, world_size: which part of each global batch is this process's.
         workers: threads that read and augment.
@@ -76,8 +77,8 @@ class ViewLoader:
         wait_seconds: how long iterating has waited for views so far.
 
     Raises:
-        InputError: no images, fewer than one global batch, or an argument out of range; while
-            iterating, an unreadable image (the message names it).
+        InputError: no images, fewer than one global batch, an argument out of range, or no such
+            device; while iterating, an unreadable image (the message names it).
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class ViewLoader:
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.seed, self.skip_bad_images = seed, skip_bad_images
         self.channels_last, self.dtype = channels_last, dtype
-        self.device = torch.device(device)
+        self.device = pick_device(str(device))
         self.labels = np.asarray(self.data.labels, dtype=np.int64)
         self.epoch = 0
         self.next_batch = 0  # within the epoch; what the consumer has not had yet
@@ -190,7 +191,7 @@ class ViewLoader:
         for step in range(n):
             candidate = (index + step) % n
             path = self.data.paths[candidate]
-            if str(path) in self.bad_images:
+            if self.skip_bad_images and str(path) in self.bad_images:
                 continue
             try:
                 return read_image(path), candidate

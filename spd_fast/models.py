@@ -11,6 +11,7 @@ from spd_fast.files import read_state
 
 CHECKPOINT_FORMAT = "spd-fast checkpoint"
 CHECKPOINT_VERSION = 1
+WRAPPERS = ("module.", "module.encoder.", "module.encoder_q.")  # torch's example, SimSiam, MoCo
 WEIGHTS_FILE = "a checkpoint of spd-fast or a state dict of a torchvision ResNet"
 
 
@@ -57,8 +58,10 @@ def load_backbone(name: str, weights: str | Path, seed: int = 0) -> nn.Module:
     Args:
         name: of the architecture.
         weights: "random" (drawn from `seed`, the global generator stays as it is), "imagenet"
-            (torchvision's IMAGENET1K_V1), or a file: one of our checkpoints, or a torchvision state
-            dict with or without the classifier fc.
+            (torchvision's IMAGENET1K_V1), or a file: one of our checkpoints, a torchvision state
+            dict with or without the classifier fc, or such a state dict as training scripts save
+            it: under the key "state_dict", the names after "module.", "module.encoder." (SimSiam's)
+            or "module.encoder_q." (MoCo's), with heads that are ignored.
 
     Raises:
         InputError: unknown name, weights that cannot be downloaded, or a file that is not there, is
@@ -126,8 +129,15 @@ def _read_state(path: Path, name: str) -> dict[str, Tensor]:
         if held != name:
             raise _wrong_backbone(path, held, name)
         return state["backbone"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise InputError(f"{path} is not {WEIGHTS_FILE}")
+    for prefix in WRAPPERS:
+        if prefix + "conv1.weight" in state:
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     return state
 
 

@@ -32,6 +32,8 @@ def test_check_of_a_complete_tree(tmp_path, monkeypatch):
     assert "Problems" not in text and "No fault found" in text
     assert "widget" in text and "not one of VisA's 12" in text
     assert "- pipe_fryum: Table 1 prints 1 defect classes, a misprint" in text
+    assert "expected is Table 1 of the VisA paper, its misprint corrected" in text
+    assert reports[1].expected_classes == 2 and "2/2  ok" in text and "2/1" not in text
 
 
 def test_check_says_what_table_1_misses(tmp_path):
@@ -49,6 +51,17 @@ def test_check_of_another_data_set(tmp_path):
     [report] = check_visa(write_splits(write_visa(tmp_path, ["widget"]), ["widget"]))
     assert report.ok and report.expected is None
     assert "none of the objects is one of VisA's 12" in format_check([report])
+
+
+def edit(path, old, new):
+    text = path.read_bytes().decode()
+    assert old in text
+    path.write_bytes(text.replace(old, new).encode())
+
+
+def link_to_nowhere(path):
+    path.unlink()
+    path.symlink_to("nowhere")
 
 
 CHECK_FAULTS = {  # what is done to the tree, and the sentence
@@ -77,7 +90,47 @@ CHECK_FAULTS = {  # what is done to the tree, and the sentence
         lambda r: touch(r, "Data/Images/Normal/0010.JPG"),
         "1cls.csv does not list widget/Data/Images/Normal/0010.JPG",
     ),
+    "label": (
+        lambda r: edit(
+            r.parent / "split_csv/1cls.csv",
+            "anomaly,widget/Data/Images/Anomaly/002.JPG,widget/Data/Masks/Anomaly/002.png",
+            "normal,widget/Data/Images/Anomaly/002.JPG,",
+        ),
+        "1cls.csv labels images wrongly: widget/Data/Images/Anomaly/002.JPG",
+    ),
+    "label of a normal image": (
+        lambda r: edit(
+            r.parent / "split_csv/1cls.csv",
+            "normal,widget/Data/Images/Normal/0004.JPG,",
+            "anomaly,widget/Data/Images/Normal/0004.JPG,widget/Data/Masks/Anomaly/004.png",
+        ),
+        "1cls.csv labels images wrongly: widget/Data/Images/Normal/0004.JPG",
+    ),
+    "mask of another": (
+        lambda r: edit(
+            r.parent / "split_csv/2cls_fewshot.csv",
+            "001.JPG,widget/Data/Masks/Anomaly/001.png",
+            "001.JPG,widget/Data/Masks/Anomaly/002.png",
+        ),
+        "2cls_fewshot.csv gives images other masks: widget/Data/Images/Anomaly/001.JPG",
+    ),
+    "empty image": (
+        lambda r: (r / "Data/Images/Normal/0007.JPG").write_bytes(b""),
+        "normal images without content: 0007.JPG",
+    ),
+    "link": (
+        lambda r: link_to_nowhere(r / "Data/Images/Normal/0007.JPG"),
+        "normal images without content: 0007.JPG",
+    ),
     "annotation": (lambda r: (r / "image_anno.csv").write_text("image\n"), "there is no column"),
+    "empty annotation": (
+        lambda r: (r / "image_anno.csv").write_text("image,label,mask\n"),
+        "image_anno.csv does not name the defects of Anomaly/000.JPG, Anomaly/001.JPG, ",
+    ),
+    "annotation of another": (
+        lambda r: edit(r / "image_anno.csv", "Anomaly/003.JPG", "Anomaly/033.JPG"),
+        "image_anno.csv names defects of other images: Anomaly/033.JPG",
+    ),
     "split file": (
         lambda r: (r.parent / "split_csv/2cls_fewshot.csv").unlink(),
         "2cls_fewshot.csv: No such file",
@@ -97,6 +150,14 @@ def test_check_finds(tmp_path, fault):
     assert not report.ok and any(sentence in problem for problem in report.problems)
     assert sentence in format_check([report])
     assert report_of(tmp_path, "bolt").ok == (fault != "split file")
+
+
+def test_an_annotation_need_not_list_the_normal_images(tmp_path):
+    write_splits(write_visa(tmp_path, ["widget"]), ["widget"])
+    path = tmp_path / "widget/image_anno.csv"
+    path.write_text("".join(ln for ln in path.open() if ",normal," not in ln))
+    assert path.read_text().count("\n") == 6
+    assert report_of(tmp_path, "widget").ok
 
 
 def test_check_of_something_else(tmp_path):

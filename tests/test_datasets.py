@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trees import outline, reorganise, touch, write_csv, write_mvtec, write_splits, write_visa
 
-from spd_fast.datasets import PROTOCOLS, Sample, read_dataset
+from spd_fast.datasets import PROTOCOLS, Sample, check, read_dataset
 from spd_fast.datasets.visa import (
     PAPER_NAMES,
     TABLE_1,
@@ -67,6 +67,7 @@ def test_official_split_files(protocol):
     assert rows[0].line == 2 and rows[0].mask == "" and rows[0].image.startswith("candle/Data/")
     mask = next(row.mask for row in rows if row.label == "anomaly")
     assert mask.endswith(".png") and "\r" not in mask
+    assert all(check._label_fits(row) and check._mask_fits(row) for row in rows)
 
 
 @needs_official

@@ -8,6 +8,7 @@ from spd_fast.errors import InputError
 from spd_fast.models import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_VERSION,
+    WEIGHTS_FILE,
     FeatureLayers,
     SimSiam,
     load_backbone,
@@ -59,7 +60,7 @@ def test_torchvision_state_dicts(change, tmp_path):
     source.bn1.running_mean += 0.25
     state = source.state_dict()
     if change == "without fc":
-        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+        state = without_fc(state)
     if change == "before 2018":  # batch norm did not count its batches
         state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
     torch.save(state, tmp_path / "weights.pth")
@@ -70,6 +71,42 @@ def test_torchvision_state_dicts(change, tmp_path):
         ):
             assert torch.equal(ours, theirs)
     assert torch.equal(loaded.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def under(prefix: str, state: dict) -> dict:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+HEADS = {"fc.0.weight": torch.ones(512, 512), "fc.2.bias": torch.ones(8)}
+WRAPPED = {  # what training scripts make of a torchvision state dict
+    "state_dict": lambda state: {"state_dict": state},
+    "DataParallel": lambda state: {"epoch": 90, "arch": "x", "state_dict": under("module.", state)},
+    "bare DataParallel": lambda state: under("module.", state),
+    "SimSiam": lambda state: {
+        "epoch": 100,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "state_dict": under("module.encoder.", without_fc(state) | HEADS)
+        | {"module.predictor.0.weight": torch.ones(4, 8)},
+    },
+    "MoCo": lambda state: {
+        "state_dict": under("module.encoder_q.", without_fc(state) | HEADS)
+        | under("module.encoder_k.", {k: torch.zeros_like(v) for k, v in state.items()})
+        | {"module.queue": torch.ones(8, 16), "module.queue_ptr": torch.zeros(1)},
+    },
+}
+
+
+def without_fc(state: dict) -> dict:
+    return {k: v for k, v in state.items() if not k.startswith("fc.")}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_state_dicts_as_training_scripts_save_them(wrapper, tmp_path):
+    expected = load_backbone("resnet18", "random", seed=1).state_dict()
+    torch.save(WRAPPED[wrapper](expected), tmp_path / "weights.pth.tar")
+    loaded = load_backbone("resnet18", tmp_path / "weights.pth.tar").state_dict()
+    for key in without_fc(expected):
+        assert torch.equal(loaded[key], expected[key]), key
 
 
 def test_weights_that_do_not_fit(tmp_path):
@@ -102,18 +139,23 @@ def test_weights_that_do_not_fit(tmp_path):
     }
     assert message(checkpoint) == f"{path} holds a resnet50 backbone, but a resnet18 was asked for"
     assert "version 99" in message(checkpoint | {"version": 99})
-    assert str(path) in message([1, 2, 3])
-    assert str(path) in message({"format": "something else"})
-    assert str(path) in message({"state_dict": state})
-    assert str(path) in message({})
+    for value in ([1, 2, 3], {"format": "else"}, {"state_dict": [1]}, {1: torch.ones(1)}):
+        assert message(value) == f"{path} is not {WEIGHTS_FILE}"
+    for value in ({}, {"state_dict": {}}):
+        assert "not hold the weights of a resnet18: 100 tensors missing, such as" in message(value)
+    assert "1 tensors missing, such as layer2.0" in message(
+        {"state_dict": under("module.", without)}
+    )
 
     torch.save(state, path)
     path.write_bytes(path.read_bytes()[:-1000])
-    assert str(path) in refusal(path)
+    damaged = f"{path} is not {WEIGHTS_FILE}, or is damaged"
+    assert refusal(path) == f"{damaged} (RuntimeError)"
     path.write_text("not weights")
-    assert str(path) in refusal(path)
-    assert str(tmp_path) in refusal(tmp_path)
-    assert "there is no" in refusal(tmp_path / "missing.pth")
+    assert refusal(path) == f"{damaged} (UnpicklingError)"
+    assert refusal(tmp_path) == f"cannot read {tmp_path}: Is a directory"
+    missing = tmp_path / "missing.pth"
+    assert refusal(missing) == f"there is no file {missing}, expected {WEIGHTS_FILE}"
 
 
 def test_read_checkpoint_refuses_other_files(tmp_path):

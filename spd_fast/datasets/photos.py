@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spd_fast.errors import InputError
-from spd_fast.files import make_output_dir
+from spd_fast.files import make_empty_dir
 
 SKIMAGE_PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
@@ -27,7 +27,8 @@ def photograph_path(name: str) -> Path:
     """Where the photograph `name` (a file name of the two lists above) is installed.
 
     Raises:
-        InputError: scikit-image is not installed, or this version does not contain the file.
+        InputError: scikit-image or scikit-learn, whichever has it, is not installed, or this
+            version does not contain the file.
     """
     package, folder = (
         ("sklearn", "datasets/images") if name in SKLEARN_PHOTOGRAPHS else ("skimage", "data")
@@ -50,8 +51,9 @@ def load_photograph(name: str) -> np.ndarray:
 
 
 def random_crop(photo: np.ndarray, rng: np.random.Generator, size: int) -> Image.Image:
-    """A square of `size` from a random place, 20 to 100 % of the area, aspect 3/4 to 4/3, half of
-    them mirrored; the colours are untouched."""
+    """A rectangle from a random place, stretched to a square of `size`, half of them mirrored; the
+    colours are untouched. Its area is 20 to 100 % of that of the largest square in the photograph
+    (less where it would not fit), its aspect 3/4 to 4/3."""
     height, width = photo.shape[:2]
     area = rng.uniform(0.2, 1.0) * min(height, width) ** 2
     aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -68,7 +70,8 @@ def write_photographs(out: Path, count: int = 200, seed: int = 0, size: int = 22
 
     Real material for a pre-training that only has to show that it works: `count` square crops of
     `size` pixels, spread evenly over the photographs of the installed scikit-image and, where it
-    can be imported, scikit-learn. Crop i is the same whatever `count` is.
+    can be imported, scikit-learn. Crop i is the same whatever `count` is, as long as the same
+    versions of these packages, numpy and Pillow are installed.
 
     Raises:
         InputError: scikit-image is missing, `out` is not empty or cannot be written, `count` or
@@ -80,9 +83,7 @@ def write_photographs(out: Path, count: int = 200, seed: int = 0, size: int = 22
     if seed < 0:
         raise InputError(f"seed {seed}: it must not be negative")
     photos = [load_photograph(name) for name in names]
-    out = make_output_dir(out)
-    if any(out.iterdir()):
-        raise InputError(f"{out} is not empty: give a new directory or delete it first")
+    out = make_empty_dir(out)
     for index in tqdm(range(count), desc="photographs", unit="image"):
         number, k = divmod(index, len(names))
         folder = out / Path(names[k]).stem

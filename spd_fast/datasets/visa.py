@@ -79,6 +79,9 @@ class SplitRow(NamedTuple):
     line: int = 0  # in the csv; 0: the split was drawn
 
 
+SPLIT_COLUMNS = SplitRow._fields[:-1]  # of a split file: all but the line
+
+
 def read_visa(root: Path, protocol: str, categories: Iterable[str] | None) -> list[Category]:
     """Read VisA with its split file, or without any split file with the paper's fractions.
 
@@ -111,7 +114,7 @@ def read_split_csv(path: str | Path) -> list[SplitRow]:
     """
     rows = []
     lines = {}
-    for line, row in _read_csv(path, ("object", "split", "label", "image", "mask")):
+    for line, row in _read_csv(path, SPLIT_COLUMNS):
         where = f"{path} line {line}"
         for column, allowed in (("split", SPLITS), ("label", LABELS)):
             if row[column] not in allowed:
@@ -171,9 +174,14 @@ def draw_split(
         n_train = round(share * len(order))
         for position, image in enumerate(order):
             split = "train" if position < n_train else "test"
-            mask = f"{name}/{MASKS}/{Path(image).stem}.png" if label == "anomaly" else ""
+            mask = mask_path(name, image) if label == "anomaly" else ""
             rows.append(SplitRow(name, split, label, image, mask))
     return rows
+
+
+def mask_path(name: str, image: str) -> str:
+    """The mask that an anomalous image of the object `name` has."""
+    return f"{name}/{MASKS}/{Path(image).stem}.png"
 
 
 def file_names(folder: Path) -> set[str]:

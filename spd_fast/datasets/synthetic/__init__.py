@@ -6,16 +6,16 @@ pavement (single instance). Board, capsules and biscuit are drawn; coins, brick 
 photographs that come inside the scikit-image wheel (brick and coffee are CC0, coins has no known
 copyright restrictions), shown in another pose and light in every image.
 
-Every image is a pure function of (seed, category, normal or anomalous, index, size): it does not
-depend on how many are made.
+Every image is a pure function of (seed, category, normal or anomalous, index, size) for the same
+versions of numpy, Pillow and scikit-image: it does not depend on how many are made.
 """
 
 import csv
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
@@ -24,25 +24,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from spd_fast.datasets.visa import TRAIN_FRACTIONS, SplitRow, draw_split
+from spd_fast.datasets.synthetic.product import Product
+from spd_fast.datasets.visa import SPLIT_COLUMNS, TRAIN_FRACTIONS, draw_split
 from spd_fast.errors import InputError
-from spd_fast.files import atomic_path, make_output_dir
+from spd_fast.files import atomic_path, make_empty_dir
 
 CATEGORIES = ("pcb", "gelcaps", "biscuit", "coins", "coffee", "brick")
 VISIBLE = 6  # grey levels of 255: what a defect changes less than this is left as it was
 HOLE = 0.002  # share of the image: smaller holes in a mask are filled
 LEAST, MOST = 0.0006, 0.035  # share of the image that one defect may cover
-
-
-@dataclass(frozen=True)
-class Product:
-    """How one category is made; the defect classes are numbered from 1, `parts` first."""
-
-    digits: int  # zero padding of the file names of normal images, 3 or 4 as in VisA
-    scene: Callable  # rng -> dict with every random choice of one image
-    draw: Callable  # scene -> picture float32 (H, W, 3), surface labels uint8 (H, W)
-    parts: dict[str, Callable]  # structural defects: (scene, rng) edits the scene
-    marks: dict[str, Callable]  # surface defects: (picture, labels, rng) -> picture
+ATTEMPTS = 30  # at a defect that is neither invisible nor far too large
 
 
 @dataclass(frozen=True)
@@ -68,104 +59,14 @@ def products() -> dict[str, Product]:
             "pip install 'spd-fast[demo]'"
         )
     from spd_fast.datasets.synthetic import board, drawn, photos
-    from spd_fast.datasets.synthetic.defects import chip, crack, dent, scratch, spot
 
     return {
-        "pcb": Product(
-            4,
-            board.pcb_scene,
-            board.pcb_draw,
-            {"missing part": board.pcb_missing, "misplaced part": board.pcb_misplaced},
-            {
-                "scratch": partial(
-                    scratch, colour=(0.86, 0.66, 0.4), length=(50, 170), strength=(0.45, 1.0)
-                ),
-                "spot": partial(
-                    spot,
-                    colours=((0.32, 0.2, 0.06), (0.75, 0.7, 0.5)),
-                    radius=(10, 32),
-                    strength=(0.35, 0.95),
-                ),
-            },
-        ),
-        "gelcaps": Product(
-            3,
-            drawn.capsules_scene,
-            drawn.capsules_draw,
-            {"missing part": drawn.capsules_missing, "misplaced part": drawn.capsules_misplaced},
-            {
-                "dent": partial(dent, radius=(14, 25), strength=(0.6, 1.0)),
-                "spot": partial(
-                    spot,
-                    colours=((0.2, 0.1, 0.05), (0.05, 0.05, 0.08)),
-                    radius=(9, 24),
-                    strength=(0.45, 1.0),
-                ),
-                "crack": partial(crack, length=(60, 120), strength=(0.7, 1.0)),
-            },
-        ),
-        "biscuit": Product(
-            3,
-            drawn.biscuit_scene,
-            drawn.biscuit_draw,
-            {"missing part": drawn.biscuit_missing},
-            {
-                "crack": partial(crack, colour=(0.2, 0.11, 0.05), length=(60, 190)),
-                "spot": partial(
-                    spot,
-                    colours=((0.14, 0.08, 0.04), (0.35, 0.42, 0.36)),
-                    radius=(10, 34),
-                    strength=(0.4, 0.95),
-                ),
-                "scratch": partial(scratch, colour=(0.97, 0.88, 0.7)),
-                "dent": partial(dent, radius=(14, 34), strength=(0.4, 1.0)),
-            },
-        ),
-        "coins": Product(
-            4,
-            photos.coins_scene,
-            photos.coins_draw,
-            {"missing part": photos.coins_missing, "misplaced part": photos.coins_misplaced},
-            {
-                "scratch": partial(scratch, length=(30, 80), strength=(0.45, 1.0)),
-                "spot": partial(spot, colours=((0.2, 0.42, 0.34), (0.3, 0.16, 0.08))),
-            },
-        ),
-        "coffee": Product(
-            3,
-            photos.coffee_scene,
-            photos.coffee_draw,
-            {},
-            {
-                "missing part": partial(
-                    chip, colour=(0.86, 0.72, 0.56), radius=(11, 28), on=(1, 2, 2)
-                ),
-                "crack": partial(
-                    crack, colour=(0.16, 0.08, 0.05), length=(60, 160), strength=(0.6, 1.0)
-                ),
-                "spot": partial(
-                    spot,
-                    colours=((0.22, 0.1, 0.03), (0.85, 0.8, 0.72)),
-                    radius=(10, 32),
-                    strength=(0.35, 0.95),
-                ),
-                "scratch": partial(
-                    scratch, colour=(0.95, 0.85, 0.78), length=(50, 160), strength=(0.4, 1.0)
-                ),
-            },
-        ),
-        "brick": Product(
-            4,
-            photos.brick_scene,
-            photos.brick_draw,
-            {},
-            {
-                "missing part": partial(chip, colour=(0.42, 0.27, 0.21), radius=(12, 30)),
-                "crack": partial(crack, length=(60, 190)),
-                "spot": partial(spot, colours=((0.9, 0.88, 0.84), (0.1, 0.09, 0.09))),
-                "scratch": partial(scratch, colour=(0.85, 0.68, 0.58)),
-            },
-        ),
+        "pcb": board.PCB,
+        "gelcaps": drawn.GELCAPS,
+        "biscuit": drawn.BISCUIT,
+        "coins": photos.COINS,
+        "coffee": photos.COFFEE,
+        "brick": photos.BRICK,
     }
 
 
@@ -218,11 +119,13 @@ def render(
 ) -> Rendered:
     """Render one image of a category; `size` is (width, height).
 
-    A pure function of its arguments. In an anomalous image the mask holds the pixels that differ
-    visibly from the twin without defects, small holes filled; all others are equal to it.
+    A pure function of its arguments and of the versions of numpy, Pillow and scikit-image. In an
+    anomalous image the mask holds the pixels that differ visibly from the twin without defects,
+    small holes filled; all others are equal to it.
 
     Raises:
-        InputError: scikit-image is not installed.
+        InputError: scikit-image is not installed, or its photographs are not those expected.
+        RuntimeError: no attempt gave a defect that is visible and not too large.
     """
     product = products()[category]
     key = [seed, crc32(category.encode()), int(anomaly), index]
@@ -230,16 +133,18 @@ def render(
     def take(picture):
         return camera(picture, size, np.random.default_rng([*key, 1]))
 
+    def new_scene():
+        return product.scene(np.random.default_rng([*key, 0]))
+
+    sound, surfaces = product.draw(new_scene())
+    clean = take(sound)
     if not anomaly:
-        clean = take(product.draw(product.scene(np.random.default_rng([*key, 0])))[0])
         return Rendered(clean, clean, np.zeros(clean.shape[:2], np.uint8), ())
 
     functions = [*product.parts.values(), *product.marks.values()]
     chosen = choose_defects(product, index, np.random.default_rng([*key, 2]))
-    for attempt in range(30):  # again when a defect came out invisible or far too large
-        scene = product.scene(np.random.default_rng([*key, 0]))
-        picture, labels = product.draw(scene)
-        clean = last = take(picture)
+    for attempt in range(ATTEMPTS):
+        scene, picture, labels, last = new_scene(), sound, surfaces, clean
         mask = np.zeros(clean.shape[:2], np.uint8)
         for k in chosen:
             rng = np.random.default_rng([*key, 3, attempt, k])
@@ -253,6 +158,11 @@ def render(
         shares = [(mask == k + 1).mean() for k in chosen]
         if all(LEAST <= share <= MOST for share in shares):
             break
+    else:
+        raise RuntimeError(
+            f"anomalous image {index} of {category}: no attempt of {ATTEMPTS} gave a visible "
+            f"defect that is not too large (seed {seed}, size {size[0]} x {size[1]})"
+        )
     image = np.where(mask[..., None] > 0, last, clean)
     names = defect_classes(category)
     return Rendered(image, clean, mask, tuple(names[k] for k in chosen))
@@ -280,6 +190,24 @@ def write_one(
     return {"image": image, "label": ", ".join(made.defects), "mask": mask}
 
 
+def write_tables(out: Path, rows: dict[str, list[dict[str, str]]]) -> None:
+    """Write each category's `image_anno.csv`, then the split files."""
+    for category, images in rows.items():
+        table = [[r["image"], r["label"], r["mask"]] for r in images]
+        write_csv(out / category / "image_anno.csv", ["image", "label", "mask"], table, "\n")
+    (out / "split_csv").mkdir()
+    for protocol in TRAIN_FRACTIONS:
+        table = []
+        for category, images in rows.items():
+            normal, anomalous = (
+                [r["image"] for r in images if (r["label"] == "normal") == is_normal]
+                for is_normal in (True, False)
+            )
+            split = draw_split(category, normal, anomalous, protocol)
+            table += [row[: len(SPLIT_COLUMNS)] for row in split]
+        write_csv(out / "split_csv" / f"{protocol}.csv", SPLIT_COLUMNS, table, "\r\n")
+
+
 def write_synthetic_visa(
     out: Path,
     seed: int = 0,
@@ -293,31 +221,22 @@ def write_synthetic_visa(
     Per category `n_normal` normal and `n_anomaly` anomalous images of `size` (width, height)
     pixels, masks with class indices, `image_anno.csv`; then `split_csv/{1cls,2cls_highshot,
     2cls_fewshot}.csv` with the shares of section 4.2. The split files are written last, so a run
-    that was interrupted leaves none. The same arguments give the same bytes.
+    that was interrupted leaves none. The same arguments give the same bytes with the same versions
+    of numpy, Pillow and scikit-image.
+
+    Everything is drawn on 640 x 512 pixels and resized: a larger `size` gives enlargements without
+    more detail, another aspect ratio than 5:4 a stretched picture.
 
     Raises:
-        InputError: scikit-image is missing, `out` is not empty or cannot be written, a category is
-            unknown, a number is so small that a split would be empty, or `seed` is negative.
+        InputError: scikit-image is missing or its photographs are not those expected, `out` is not
+            empty or cannot be written, a category is unknown, a number is so small that a split
+            would be empty, `size` is out of range, or `seed` is negative.
+        RuntimeError: an image could not be given a defect that is visible and not too large.
     """
     categories = list(CATEGORIES if categories is None else dict.fromkeys(categories))
-    unknown = [c for c in categories if c not in CATEGORIES]
-    if unknown or not categories:
-        named = unknown[0] if unknown else "(none)"
-        raise InputError(f"there is no synthetic category {named}: use {', '.join(CATEGORIES)}")
-    if n_normal < 5 or n_anomaly < 3:
-        raise InputError(
-            f"{n_normal} normal and {n_anomaly} anomalous images per category leave a split empty: "
-            "at least 5 and 3 are needed"
-        )
-    if min(size) < 64 or max(size) > 4096:
-        raise InputError(f"image size {size[0]} x {size[1]}: each side must be 64 to 4096 pixels")
-    if seed < 0:
-        raise InputError(f"seed {seed}: it must not be negative")
+    _check_arguments(seed, size, n_normal, n_anomaly, categories)
     products()
-    out = make_output_dir(out)
-    if any(out.iterdir()):
-        raise InputError(f"{out} is not empty: give a new directory, or delete this one first")
-
+    out = make_empty_dir(out)
     for category in categories:
         for folder in ("Images/Normal", "Images/Anomaly", "Masks/Anomaly"):
             (out / category / "Data" / folder).mkdir(parents=True)
@@ -331,17 +250,22 @@ def write_synthetic_visa(
         made = pool.map(lambda job: write_one(out, *job, seed, tuple(size)), jobs)
         made = list(tqdm(made, total=len(jobs), desc="synthetic data", unit="image"))
     rows = {c: [r for r, job in zip(made, jobs, strict=True) if job[0] == c] for c in categories}
+    write_tables(out, rows)
 
-    for category in categories:
-        table = [[r["image"], r["label"], r["mask"]] for r in rows[category]]
-        write_csv(out / category / "image_anno.csv", ["image", "label", "mask"], table, "\n")
-    (out / "split_csv").mkdir()
-    for protocol in TRAIN_FRACTIONS:
-        table = []
-        for category in categories:
-            normal, anomalous = (
-                [r["image"] for r in rows[category] if (r["label"] == "normal") == is_normal]
-                for is_normal in (True, False)
-            )
-            table += [row[:5] for row in draw_split(category, normal, anomalous, protocol)]
-        write_csv(out / "split_csv" / f"{protocol}.csv", SplitRow._fields[:5], table, "\r\n")
+
+def _check_arguments(
+    seed: int, size: tuple[int, int], n_normal: int, n_anomaly: int, categories: list[str]
+) -> None:
+    unknown = [c for c in categories if c not in CATEGORIES]
+    if unknown or not categories:
+        named = unknown[0] if unknown else "(none)"
+        raise InputError(f"there is no synthetic category {named}: use {', '.join(CATEGORIES)}")
+    if n_normal < 5 or n_anomaly < 3:
+        raise InputError(
+            f"{n_normal} normal and {n_anomaly} anomalous images per category leave a split empty: "
+            "at least 5 and 3 are needed"
+        )
+    if min(size) < 64 or max(size) > 4096:
+        raise InputError(f"image size {size[0]} x {size[1]}: each side must be 64 to 4096 pixels")
+    if seed < 0:
+        raise InputError(f"seed {seed}: it must not be negative")

@@ -6,7 +6,7 @@ the labels of the surfaces that may carry a defect, uint8 (H, W). A structural d
 scene before it is drawn.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -16,8 +16,11 @@ from spd_fast.datasets.synthetic.defects import (
     blend,
     cast_shadow,
     noise,
+    pick_sound,
     pose_matrix,
     random_pose,
+    scratch,
+    spot,
 )
 from spd_fast.datasets.synthetic.parts import (
     GOLD,
@@ -30,6 +33,7 @@ from spd_fast.datasets.synthetic.parts import (
     ink,
     pins,
 )
+from spd_fast.datasets.synthetic.product import Product
 
 WIDTH, HEIGHT = FRAME
 BOARD = (40, 34, 600, 478)
@@ -61,6 +65,7 @@ PARTS = [
     *[(*passive, 26, 13, "") for passive in PASSIVES],
 ]  # fmt: skip
 LARGE = {"can", "crystal", "coil", "trimmer", "soic"}
+UNNAMED = {"hole", "resistor", "ceramic"}  # no name is printed beside them
 
 
 def pcb_scene(rng: np.random.Generator) -> dict:
@@ -86,8 +91,7 @@ def pcb_scene(rng: np.random.Generator) -> dict:
 def sound_part(scene: dict, rng: np.random.Generator) -> dict:
     """A part without a fault so far, a large one in one case of four."""
     kinds = LARGE if rng.uniform() < 0.25 else SMALL
-    parts = [p for p in scene["parts"] if p["kind"] in kinds and "fault" not in p]
-    return parts[rng.integers(len(parts))]
+    return pick_sound([p for p in scene["parts"] if p["kind"] in kinds], rng)
 
 
 def pcb_missing(scene: dict, rng: np.random.Generator) -> None:
@@ -166,7 +170,7 @@ def bare_board() -> Image.Image:
             pen.disc(*line[-1], radius, colour)
     for part in parts:
         draw_pads(image, part)
-    for k, part in enumerate(parts[:13], 1):
+    for k, part in enumerate((p for p in parts if p["kind"] not in UNNAMED), 1):
         prefix = {"qfp": "U", "soic": "U", "can": "C", "crystal": "Y", "led": "D"}
         below = part["height"] / 2 + (22 if part["kind"] in ("qfp", "soic") else 11)
         name = f"{prefix.get(part['kind'], 'J')}{k}"
@@ -206,3 +210,22 @@ def pcb_draw(scene: dict) -> tuple[np.ndarray, np.ndarray]:
     table = table * (1 - 0.5 * cast_shadow(cover, 7, 6))
     picture = blend(table[..., None] * np.float32([0.94, 0.98, 1.04]), board, cover)
     return np.clip(picture, 0, 1), (cover > 0.98).astype(np.uint8)
+
+
+PCB = Product(
+    4,
+    pcb_scene,
+    pcb_draw,
+    {"missing part": pcb_missing, "misplaced part": pcb_misplaced},
+    {
+        "scratch": partial(
+            scratch, colour=(0.86, 0.66, 0.4), length=(50, 170), strength=(0.45, 1.0)
+        ),
+        "spot": partial(
+            spot,
+            colours=((0.32, 0.2, 0.06), (0.75, 0.7, 0.5)),
+            radius=(10, 32),
+            strength=(0.35, 0.95),
+        ),
+    },
+)

@@ -1,9 +1,9 @@
-"""Surface defects painted on a drawn or photographed object: scratch, dent, spot, crack.
+"""Defects painted on a drawn or photographed object: scratch, crack, spot, dent, chip.
 
 A picture is a float32 array (H, W, 3) in [0, 1] on the frame of `FRAME` pixels, twice as fine as
-the images that are written. `labels` (H, W) numbers the surfaces on which a defect may lie (0 is
-none): a defect chooses one of them and stays on it. Every random choice comes from the generator
-that is passed, so the same generator state on the same `labels` gives the same defect.
+the images that are written by default. `labels` (H, W) numbers the surfaces on which a defect may
+lie (0 is none): a defect chooses one of them and stays on it. Every random choice comes from the
+generator that is passed, so the same generator state on the same `labels` gives the same defect.
 """
 
 import math
@@ -66,6 +66,12 @@ def cast_shadow(cover: np.ndarray, sigma: float, shift: int) -> np.ndarray:
     return blur(np.roll(cover, (shift, shift), (0, 1)), sigma)
 
 
+def pick_sound(items: list[dict], rng: np.random.Generator) -> dict:
+    """One of the items of a scene that have no fault so far."""
+    sound = [item for item in items if "fault" not in item]
+    return sound[rng.integers(len(sound))]
+
+
 def choose_surface(
     labels: np.ndarray, rng: np.random.Generator, margin: int, on: tuple = ()
 ) -> tuple:
@@ -116,6 +122,14 @@ def path_distance(points: np.ndarray, dy: np.ndarray, dx: np.ndarray) -> tuple:
         share[nearer] = ((done + t * length) / total)[nearer]
         done += length
     return signed, share
+
+
+def oval(rng: np.random.Generator, dy, dx, radius: float, flattest: float) -> np.ndarray:
+    """Distance from the middle of a turned ellipse, 1 on its outline: one half-axis is `radius`,
+    the other that times `flattest` to 1."""
+    squeeze, turn = rng.uniform(flattest, 1.0), rng.uniform(0, np.pi)
+    along, across = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+    return np.hypot(along, across / squeeze) / radius
 
 
 def wander(rng: np.random.Generator, length: float, steps: int, bend: float, jag: float):
@@ -184,9 +198,7 @@ def spot(picture, labels, rng, colours=((0.16, 0.1, 0.05),), radius=(7, 24), str
     radius = np.exp(rng.uniform(*np.log(radius)))
     place, dy, dx = window(at, radius * 2.2, labels.shape)
     ragged = 0.22 * noise(rng, dy.shape, radius * 0.9) + 0.1 * noise(rng, dy.shape, radius * 0.3)
-    squeeze, turn = rng.uniform(0.7, 1.0), rng.uniform(0, np.pi)
-    along, across = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
-    distance = np.hypot(along, across / squeeze) / radius + ragged
+    distance = oval(rng, dy, dx, radius, 0.7) + ragged
     for _ in range(rng.integers(0, 3)):
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(1.1, 1.6) * radius
         small = np.hypot(dy - far * np.sin(angle), dx - far * np.cos(angle))
@@ -207,10 +219,7 @@ def dent(picture, labels, rng, radius=(10, 26), strength=(0.25, 0.8)):
     at, surface = choose_surface(labels, rng, 10)
     radius = rng.uniform(*radius)
     place, dy, dx = window(at, radius * 2, labels.shape)
-    squeeze, turn = rng.uniform(0.55, 1.0), rng.uniform(0, np.pi)
-    along, across = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
-    ragged = 0.08 * noise(rng, dy.shape, radius * 0.8)
-    distance = np.hypot(along, across / squeeze) / radius + ragged
+    distance = oval(rng, dy, dx, radius, 0.55) + 0.08 * noise(rng, dy.shape, radius * 0.8)
     depth = -smoothstep(1.25 - distance)
     slope_y, slope_x = np.gradient(depth * radius)
     strength = rng.uniform(*strength)
@@ -226,10 +235,9 @@ def chip(
     at, surface = choose_surface(labels, rng, 4, on)
     radius = np.exp(rng.uniform(*np.log(radius)))
     place, dy, dx = window(at, radius * 2, labels.shape)
-    squeeze, turn = rng.uniform(0.5, 1.0), rng.uniform(0, np.pi)
-    along, across = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+    smooth = oval(rng, dy, dx, radius, 0.5)
     ragged = 0.16 * noise(rng, dy.shape, radius * 0.5) + 0.05 * noise(rng, dy.shape, 4)
-    distance = np.hypot(along, across / squeeze) / radius + ragged
+    distance = smooth + ragged
     depth = -smoothstep((1 - distance) / 0.35) + 0.06 * noise(rng, dy.shape, 5)
     slope_y, slope_x = np.gradient(depth * 6)
     light = 0.8 - 0.9 * (slope_x * LIGHT[0] + slope_y * LIGHT[1])

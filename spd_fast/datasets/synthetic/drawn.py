@@ -6,6 +6,7 @@ and a structural defect edits the scene before it is drawn. Surfaces are heights
 """
 
 import math
+from functools import partial
 
 import numpy as np
 from skimage.filters import gaussian
@@ -15,11 +16,17 @@ from spd_fast.datasets.synthetic.defects import (
     LIGHT,
     blend,
     cast_shadow,
+    crack,
+    dent,
     noise,
+    pick_sound,
     random_pose,
+    scratch,
     smoothstep,
+    spot,
     window,
 )
+from spd_fast.datasets.synthetic.product import Product
 
 WIDTH, HEIGHT = FRAME
 CELL_X, CELL_Y = WIDTH / 4, HEIGHT / 3  # one cell of the tray
@@ -54,20 +61,15 @@ def capsules_scene(rng: np.random.Generator) -> dict:
     }
 
 
-def intact(scene: dict, rng: np.random.Generator) -> dict:
-    items = [c for c in scene["capsules"] if c["part"] == "whole" and not c["slip"]]
-    return items[rng.integers(len(items))]
-
-
 def capsules_missing(scene: dict, rng: np.random.Generator) -> None:
     """The cap of one capsule is gone: an open, empty body."""
-    intact(scene, rng).update(part="body")
+    pick_sound(scene["capsules"], rng).update(part="body", fault=True)
 
 
 def capsules_misplaced(scene: dict, rng: np.random.Generator) -> None:
     """The cap of one capsule sits askew and half pulled off."""
     slip, askew = rng.uniform(6, 18), rng.choice([-1, 1]) * rng.uniform(0.12, 0.45)
-    intact(scene, rng).update(slip=slip, askew=askew)
+    pick_sound(scene["capsules"], rng).update(slip=slip, askew=askew, fault=True)
 
 
 def half_capsule(dx, dy, turn, start, end, radius, closed):
@@ -166,6 +168,24 @@ def capsules_draw(scene: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.clip(picture, 0, 1), labels
 
 
+GELCAPS = Product(
+    3,
+    capsules_scene,
+    capsules_draw,
+    {"missing part": capsules_missing, "misplaced part": capsules_misplaced},
+    {
+        "dent": partial(dent, radius=(14, 25), strength=(0.6, 1.0)),
+        "spot": partial(
+            spot,
+            colours=((0.2, 0.1, 0.05), (0.05, 0.05, 0.08)),
+            radius=(9, 24),
+            strength=(0.45, 1.0),
+        ),
+        "crack": partial(crack, length=(60, 120), strength=(0.7, 1.0)),
+    },
+)
+
+
 # ---------------------------------------------------------------------------------- biscuit
 
 
@@ -176,12 +196,12 @@ def biscuit_scene(rng: np.random.Generator) -> dict:
         for k in range(count):
             way = 2 * np.pi * (k + 0.5 * (count == 12)) / count
             holes.append((far * np.cos(way), far * np.sin(way)))
-    holes = np.array(holes) + rng.normal(0, 0.006, (19, 2))
+    holes = np.array(holes) + rng.normal(0, 0.006, (len(holes), 2))
     return {
         "pose": random_pose(rng, 9, 0.025, 9),
         "wobble": (rng.normal(0, 1, (2, 6)) / np.arange(2, 8) ** 1.3 * 0.008).tolist(),
         "holes": holes.tolist(),
-        "sizes": rng.normal(1, 0.08, 19).tolist(),
+        "sizes": rng.normal(1, 0.08, len(holes)).tolist(),
         "bake": float(rng.normal(0, 0.05)),
         "bites": [],
         "seed": int(rng.integers(2**31)),
@@ -261,3 +281,22 @@ def biscuit_draw(scene: dict) -> tuple[np.ndarray, np.ndarray]:
     belt = belt * (1 - 0.6 * cast_shadow(cover, 9, 11))
     picture = blend(belt[..., None] * np.float32([0.95, 1.0, 1.08]), biscuit, cover)
     return np.clip(picture, 0, 1).astype(np.float32), (cover > 0.98).astype(np.uint8)
+
+
+BISCUIT = Product(
+    3,
+    biscuit_scene,
+    biscuit_draw,
+    {"missing part": biscuit_missing},
+    {
+        "crack": partial(crack, colour=(0.2, 0.11, 0.05), length=(60, 190)),
+        "spot": partial(
+            spot,
+            colours=((0.14, 0.08, 0.04), (0.35, 0.42, 0.36)),
+            radius=(10, 34),
+            strength=(0.4, 0.95),
+        ),
+        "scratch": partial(scratch, colour=(0.97, 0.88, 0.7)),
+        "dent": partial(dent, radius=(14, 34), strength=(0.4, 1.0)),
+    },
+)

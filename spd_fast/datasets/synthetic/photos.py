@@ -5,9 +5,10 @@ copyright restrictions; brick and coffee: CC0). Each image shows one of them in 
 light. `*_scene`, `*_draw` and the structural defects work as in `drawn`.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
+import skimage
 from PIL import Image, ImageDraw
 from skimage.filters import gaussian, sobel
 from skimage.measure import label, regionprops
@@ -18,11 +19,18 @@ from spd_fast.datasets.synthetic.defects import (
     FRAME,
     blend,
     blur,
+    chip,
+    crack,
     noise,
+    pick_sound,
     pose_matrix,
     random_pose,
+    scratch,
     smoothstep,
+    spot,
 )
+from spd_fast.datasets.synthetic.product import Product
+from spd_fast.errors import InputError
 
 WIDTH, HEIGHT = FRAME
 EDGE = 48  # pixels around the frame, so that a turned picture has no empty corner
@@ -31,12 +39,17 @@ EDGE = 48  # pixels around the frame, so that a turned picture has no empty corn
 # ----------------------------------------------------------------------------------- coins
 
 HALF = 72  # half the side of the square cut around one coin
+N_COINS = 24  # in the photograph
 
 
 @lru_cache(maxsize=1)
 def cut_coins() -> tuple[list[dict], np.ndarray]:
-    """The 24 coins of the photograph, each with its soft outline, and the felt without them, on the
-    frame enlarged by `EDGE`."""
+    """The coins of the photograph, each with its soft outline, and the felt without them, on the
+    frame enlarged by `EDGE`.
+
+    Raises:
+        InputError: the installed photograph, or scikit-image, gives another number of coins.
+    """
     photo = load_photograph("coins.png")[..., 0]
     seeds = np.where(photo < 35, 1, np.where(photo > 150, 2, 0))
     coin = Image.fromarray((watershed(sobel(photo), seeds) == 2).astype(np.uint8) * 255)
@@ -56,6 +69,11 @@ def cut_coins() -> tuple[list[dict], np.ndarray]:
         outline[top : top + hull.shape[0], left : left + hull.shape[1]] = hull
         cut = wide[y - HALF : y + HALF, x - HALF : x + HALF]
         coins.append({"x": x, "y": y, "picture": cut, "cover": gaussian(outline, 1.2)})
+    if len(coins) != N_COINS:
+        raise InputError(
+            f"coins.png has {N_COINS} coins, but the installed scikit-image {skimage.__version__} "
+            f"finds {len(coins)} in its own: install another version"
+        )
 
     felt = ((blur(around, 6) < 0.02) & (wide > 0.13)).astype(np.float32)  # corners are black
     smooth = gaussian(wide * felt, 30) / (gaussian(felt, 30) + 1e-6)
@@ -72,7 +90,7 @@ def coins_scene(rng: np.random.Generator) -> dict:
             "turn": rng.normal(0, 5), "dx": rng.normal(0, 1.6), "dy": rng.normal(0, 1.6),
             "gain": rng.normal(1, 0.035), "warm": rng.normal(0.035, 0.012), "shown": True,
         }
-        for _ in range(24)
+        for _ in range(N_COINS)
     ]  # fmt: skip
     return {
         "pose": random_pose(rng, 1.5, 0.015, 6),
@@ -83,12 +101,13 @@ def coins_scene(rng: np.random.Generator) -> dict:
 
 def coins_missing(scene: dict, rng: np.random.Generator) -> None:
     """One coin is not on its place."""
-    scene["places"][rng.integers(24)].update(shown=False, fault=True)
+    pick_sound(scene["places"], rng).update(shown=False, fault=True)
 
 
 def coins_misplaced(scene: dict, rng: np.random.Generator) -> None:
     """One coin lies beside its place, turned."""
-    place = [p for p in scene["places"] if "fault" not in p][rng.integers(23)]
+    sound = [p for p in scene["places"] if "fault" not in p]
+    place = sound[rng.integers(N_COINS - 1)]  # one may be missing; len(sound) would change images
     far, way = rng.uniform(8, 20), rng.uniform(0, 2 * np.pi)
     place["dx"] += far * np.cos(way)
     place["dy"] += far * np.sin(way)
@@ -142,11 +161,23 @@ def unit(levels: np.ndarray) -> np.ndarray:
     return levels.astype(np.float32) / 255
 
 
+COINS = Product(
+    4,
+    coins_scene,
+    coins_draw,
+    {"missing part": coins_missing, "misplaced part": coins_misplaced},
+    {
+        "scratch": partial(scratch, length=(30, 80), strength=(0.45, 1.0)),
+        "spot": partial(spot, colours=((0.2, 0.42, 0.34), (0.3, 0.16, 0.08))),
+    },
+)
+
+
 # -------------------------------------------------------------------------- brick, coffee
 
 # Outlines on the photograph of the cup, in half pixels (x, y): what may carry a defect.
 SAUCER, RIM, OPENING = (155, 142, 957, 776), (347, 37, 815, 415), (390, 64, 774, 384)
-COFFEE = (404, 184, 744, 396)
+LIQUID = (404, 184, 744, 396)
 BODY = [(350, 250), (356, 330), (400, 440), (470, 545), (570, 570), (660, 545), (740, 470),
         (790, 380), (812, 260)]  # fmt: skip
 HANDLE = [(455, 440), (525, 480), (530, 570), (470, 622), (400, 610), (385, 560), (410, 490)]
@@ -178,7 +209,7 @@ def coffee_canvas() -> tuple[np.ndarray, np.ndarray]:
     draw.polygon(SPOON, fill=0)
     draw.ellipse(RIM, fill=2)
     draw.ellipse(OPENING, fill=3)
-    draw.ellipse(COFFEE, fill=0)
+    draw.ellipse(LIQUID, fill=0)
     surfaces = np.asarray(surfaces)[::2, ::2]
     box = (48, 14, 508, 382)
     return cut_window(photo, box), cut_window(surfaces, box, Image.NEAREST)
@@ -196,6 +227,27 @@ def coffee_draw(scene: dict) -> tuple[np.ndarray, np.ndarray]:
     return unit(pose_photo(picture, scene["pose"])), pose_photo(
         labels, scene["pose"], Image.NEAREST
     )
+
+
+COFFEE = Product(
+    3,
+    coffee_scene,
+    coffee_draw,
+    {},
+    {
+        "missing part": partial(chip, colour=(0.86, 0.72, 0.56), radius=(11, 28), on=(1, 2, 2)),
+        "crack": partial(crack, colour=(0.16, 0.08, 0.05), length=(60, 160), strength=(0.6, 1.0)),
+        "spot": partial(
+            spot,
+            colours=((0.22, 0.1, 0.03), (0.85, 0.8, 0.72)),
+            radius=(10, 32),
+            strength=(0.35, 0.95),
+        ),
+        "scratch": partial(
+            scratch, colour=(0.95, 0.85, 0.78), length=(50, 160), strength=(0.4, 1.0)
+        ),
+    },
+)
 
 
 @lru_cache(maxsize=1)
@@ -223,3 +275,17 @@ def brick_draw(scene: dict) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(scene["seed"])
     damp = 1 + 0.02 * noise(rng, (HEIGHT, WIDTH), 120)[..., None] + np.float32(scene["fired"])
     return np.clip(picture * damp, 0, 1), np.ones((HEIGHT, WIDTH), dtype=np.uint8)
+
+
+BRICK = Product(
+    4,
+    brick_scene,
+    brick_draw,
+    {},
+    {
+        "missing part": partial(chip, colour=(0.42, 0.27, 0.21), radius=(12, 30)),
+        "crack": partial(crack, length=(60, 190)),
+        "spot": partial(spot, colours=((0.9, 0.88, 0.84), (0.1, 0.09, 0.09))),
+        "scratch": partial(scratch, colour=(0.85, 0.68, 0.58)),
+    },
+)
