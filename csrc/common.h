@@ -31,12 +31,12 @@ SPD_HD static inline T max2(T a, T b) {
 }
 SPD_HD static inline float clamp01(float v) { return min2(max2(v, 0.f), 1.f); }
 
-static inline uint32_t bits_of(float f) {
+SPD_HD static inline uint32_t bits_of(float f) {
     uint32_t u;
     memcpy(&u, &f, 4);
     return u;
 }
-static inline float float_of(uint32_t u) {
+SPD_HD static inline float float_of(uint32_t u) {
     float f;
     memcpy(&f, &u, 4);
     return f;

@@ -1,0 +1,124 @@
+// Normalise and store rows of a view, in the output's type and layout.
+#pragma once
+
+#include "augment_views.h"
+#include "views_resize.h"
+
+namespace spd {
+namespace {  // internal linkage: see common.h
+
+// stored = v * scale + shift, per channel
+struct Normalise {
+    float scale, shift;
+};
+
+// One channel of a row, contiguous, n numbers.
+
+template <bool streamed>
+void convert(float* d, const float* s, int n, Normalise m) {
+    int i = 0;
+    for (; i + lanes <= n; i += lanes) put<streamed>(d + i, load(s + i) * m.scale + m.shift);
+    for (; i < n; ++i) d[i] = s[i] * m.scale + m.shift;
+}
+
+struct Half {
+    uint16_t bits;
+};
+
+template <bool streamed>
+void convert(Half* __restrict d, const float* __restrict s, int n, Normalise m) {
+    int i = 0;
+#ifdef __F16C__
+    for (; i + lanes <= n; i += lanes)
+        put_half<streamed>(&d[i].bits, load(s + i) * m.scale + m.shift);
+#endif
+    for (; i < n; ++i) d[i].bits = to_half(s[i] * m.scale + m.shift);
+}
+
+struct BFloat {
+    uint16_t bits;
+};
+
+template <bool streamed>
+void convert(BFloat* __restrict d, const float* __restrict s, int n, Normalise m) {
+    for (int i = 0; i < n; ++i) d[i].bits = to_bfloat16(s[i] * m.scale + m.shift);
+}
+
+// 8-bit output is not normalised.
+template <bool streamed>
+void convert(uint8_t* __restrict d, const float* __restrict s, int n, Normalise) {
+    for (int i = 0; i < n; ++i) d[i] = uint8_t(int(clamp01(s[i]) * 255 + 0.5f));
+}
+
+// Where the views of one image go.
+class Store {
+  public:
+    Store(const AugmentArgs& args, int64_t image, Pieces& pieces) : args_(args), image_(image) {
+        line_ = pieces.take(3 * size_t(args.width));
+        for (int c = 0; c < 3; ++c) normalise_[c] = {args.scale[c], args.shift[c]};
+        // Whole rows are written past the caches where every row begins at a whole vector.
+        const int64_t* stride = args.stride;
+        const int64_t bytes = args.dtype == DType::float32 ? 4 : 2;
+        const int64_t places = (reinterpret_cast<uintptr_t>(args.out) / bytes) | stride[0] |
+                               stride[1] | stride[2] | stride[3];
+        const bool aligned = places % lanes == 0 && args.width % lanes == 0 && stride[4] == 1;
+        streamed_ = aligned && (args.dtype == DType::float32 || args.dtype == DType::float16);
+    }
+
+    void row(int view, int y, const float* row, int pitch) const {
+        part_of_row(view, y, row, pitch, 0, args_.width);
+    }
+
+    // Columns x0 .. x1 - 1 only.
+    void part_of_row(int view, int y, const float* row, int pitch, int x0, int x1) const {
+        switch (args_.dtype) {
+            case DType::float32:
+                return typed_part<float>(view, y, row, pitch, x0, x1);
+            case DType::float16:
+                return typed_part<Half>(view, y, row, pitch, x0, x1);
+            case DType::bfloat16:
+                return typed_part<BFloat>(view, y, row, pitch, x0, x1);
+            case DType::uint8:
+                return typed_part<uint8_t>(view, y, row, pitch, x0, x1);
+        }
+    }
+
+    bool streamed() const { return streamed_; }
+
+  private:
+    template <class T>
+    void typed_part(int view, int y, const float* row, int pitch, int x0, int x1) const {
+        const int64_t* stride = args_.stride;
+        const int n = x1 - x0;
+        T* out = static_cast<T*>(args_.out) + view * stride[0] + image_ * stride[1] +
+                 y * stride[3] + x0 * stride[4];
+        const float* s = row + x0;
+        if (stride[4] == 1) {
+            const bool whole = streamed_ && n == args_.width;
+            for (int c = 0; c < 3; ++c) {
+                T* d = out + c * stride[2];
+                if (whole)
+                    convert<true>(d, s + c * pitch, n, normalise_[c]);
+                else
+                    convert<false>(d, s + c * pitch, n, normalise_[c]);
+            }
+            return;
+        }
+        T* line = reinterpret_cast<T*>(line_);
+        for (int c = 0; c < 3; ++c) convert<false>(line + c * n, s + c * pitch, n, normalise_[c]);
+        if (stride[4] == 3 && stride[2] == 1)
+            interleave(out, line, n, n);
+        else
+            for (int c = 0; c < 3; ++c)
+                for (int x = 0; x < n; ++x) out[c * stride[2] + x * stride[4]] = line[c * n + x];
+    }
+
+    const AugmentArgs& args_;
+    int64_t image_;
+    Normalise normalise_[3];
+    float* line_;
+    bool streamed_;
+};
+
+}  // namespace
+}  // namespace spd
