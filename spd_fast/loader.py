@@ -6,9 +6,11 @@ enough: decoding and augmenting release the GIL.
 """
 
 import hashlib
+import math
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +28,7 @@ from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
 from spd_fast.models import pick_device
-from spd_fast.ops.augment_views import augment_views
+from spd_fast.ops.augment_views import augment_views, empty_on_huge_pages
 from spd_fast.recipes import Recipe
 from spd_fast.views import sample_view_params
 
@@ -114,6 +116,7 @@ class ViewLoader:
         self.channels_last, self.dtype = channels_last, dtype
         self.device = pick_device(str(device))
         self.labels = np.asarray(self.data.labels, dtype=np.int64)
+        self._unused: deque[Tensor] = deque(maxlen=AHEAD + 1)  # memory of batches that are gone
         self.epoch = 0
         self.next_batch = 0  # within the epoch; what the consumer has not had yet
         self.bad_images: dict[str, str] = {}
@@ -167,11 +170,23 @@ class ViewLoader:
         return views, indices, tasks
 
     def _empty_views(self, n: int) -> Tensor:
-        v, s, pinned = len(self.recipe), self.size, self.device.type == "cuda"
-        if self.channels_last:
-            views = torch.empty(v, n, s, s, 3, dtype=self.dtype, pin_memory=pinned)
-            return views.permute(0, 1, 4, 2, 3)
-        return torch.empty(v, n, 3, s, s, dtype=self.dtype, pin_memory=pinned)
+        v, s = len(self.recipe), self.size
+        shape = (v, n, s, s, 3) if self.channels_last else (v, n, 3, s, s)
+        views = self._memory(math.prod(shape) * self.dtype.itemsize).view(self.dtype).view(shape)
+        return views.permute(0, 1, 4, 2, 3) if self.channels_last else views
+
+    def _memory(self, size: int) -> Tensor:
+        """(size,) uint8, not initialised: that of an earlier batch if nobody holds it any more.
+
+        The first write to fresh memory enters the kernel at every page, which takes longer than
+        making the views. Pinned memory is recycled by torch itself.
+        """
+        if self.device.type == "cuda":
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        kept = self._unused.pop() if self._unused else empty_on_huge_pages(size)
+        array = kept.numpy()  # dies with the last tensor made from it
+        weakref.finalize(array, self._unused.append, kept).atexit = False
+        return torch.from_numpy(array)
 
     def _fill(self, out: Tensor, indices: np.ndarray, epoch: int, stop: threading.Event) -> None:
         """Read the samples at `indices` (changed where one is replaced), write views to `out`."""

@@ -199,9 +199,7 @@ def compute_losses(model: SimSiam, views: Tensor, eta: float) -> dict[str, Tenso
 def _spd_loss(model: SimSiam, z: Tensor, x_pos: Tensor, x_neg: Tensor) -> Tensor:
     if model.spd_classifier is None:
         return spd_loss(z, z_pos=model.project(x_pos), z_neg=model.project(x_neg))
-    return spd_cross_entropy(
-        logits_pos=model.tell_apart(x_pos), logits_neg=model.tell_apart(x_neg)
-    )
+    return spd_cross_entropy(logits_pos=model.tell_apart(x_pos), logits_neg=model.tell_apart(x_neg))
 
 
 def cosine_lr(initial: float, step: int, steps: int) -> float:

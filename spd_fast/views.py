@@ -7,20 +7,22 @@ worker, rank or resumed run it is met.
 
 import operator
 from collections.abc import Sequence
+from dataclasses import astuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from spd_fast.errors import InputError
+from spd_fast.ops.backends import native
 from spd_fast.recipes import (
     FROM_IMAGE,
     PATCH_ALPHA_SIGMA,
     PATCH_AREA,
     PATCH_ASPECT,
     PATCH_JITTER,
-    Jitter,
     Recipe,
-    ViewSpec,
 )
 
 # One row of the table, in this order; `csrc/augment_views.h` declares the same struct.
@@ -113,14 +115,10 @@ def sample_view_params(
         raise InputError(f"image sizes must be at least 1 x 1, got {sizes.min(0).tolist()}")
     if not (0 <= epoch < 2**63 and 0 <= seed < 2**63) or (indices < 0).any():
         raise InputError(f"seed {seed}, epoch {epoch} and indices must be in 0..2^63 - 1")
-    rows = np.empty((len(indices), len(recipe), len(COLUMNS)), dtype=np.float32)
-    for v, spec in enumerate(recipe):
-        source = (
-            sizes if spec.source == FROM_IMAGE else np.broadcast_to([height, width], sizes.shape)
-        )
-        draws = _uniform(seed, epoch, indices, v)
-        rows[:, v] = _sample_view(spec, source, draws, height, width)
-    return torch.from_numpy(rows)
+    views = np.arange(len(recipe))
+    draws = _uniform(seed, epoch, indices, views)
+    rows = _sample_rows(_ranges(recipe), sizes, draws, height, width)
+    return torch.from_numpy(rows.astype(np.float32))
 
 
 def view_size(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -138,89 +136,147 @@ def view_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _uniform(seed: int, epoch: int, indices: np.ndarray, view: int) -> np.ndarray:
-    """(N, _DRAWS) float64 in [0, 1), row i a pure function of (seed, epoch, indices[i], view)."""
-    draws = np.empty((len(indices), _DRAWS))
-    for row, index in zip(draws, indices.tolist(), strict=True):
-        philox = np.random.Philox(key=[seed, 0], counter=[0, view, index, epoch])
-        row[:] = (philox.random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53
+def _uniform(seed: int, epoch: int, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
+    """(N, V, _DRAWS) float64 in [0, 1), each row a function of (seed, epoch, index, view) alone.
+
+    It is the beginning of the stream that numpy's Philox gives for a key and counter of its own.
+    """
+    draws = np.empty((len(indices), len(views), _DRAWS))
+    if native is not None:  # making a numpy generator per row takes longer than making the views
+        native.philox_uniform(seed, epoch, indices, views, draws)
+        return draws
+    for n, index in enumerate(indices.tolist()):
+        for v, view in enumerate(views.tolist()):
+            philox = np.random.Philox(key=[seed, 0], counter=[0, view, index, epoch])
+            draws[n, v] = (philox.random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53
     return draws
 
 
-def _sample_view(
-    spec: ViewSpec, source: np.ndarray, u: np.ndarray, height: int, width: int
+class _Ranges(NamedTuple):
+    """The specs of a recipe's V views, each field an array over the views."""
+
+    source: np.ndarray
+    area: tuple[np.ndarray, np.ndarray]  # lower and upper bounds
+    aspect: tuple[np.ndarray, np.ndarray]
+    flip: np.ndarray
+    grayscale: np.ndarray
+    blur: tuple[np.ndarray, np.ndarray]
+    blur_probability: np.ndarray
+    jitter: np.ndarray  # (5, V): the amounts, then the probability
+    patch_jitter: np.ndarray
+    patch_kind: np.ndarray
+
+
+@lru_cache
+def _ranges(recipe: Recipe) -> _Ranges:
+    def bounds(pairs) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+        return low, high
+
+    def amounts(jitters) -> np.ndarray:
+        rows = [astuple(jitter) if jitter else (0,) * 5 for jitter in jitters]
+        return np.array(rows, dtype=np.float64).reshape(-1, 5).T
+
+    def each(values) -> np.ndarray:
+        return np.array(list(values), dtype=np.float64)
+
+    return _Ranges(
+        source=each(spec.source for spec in recipe),
+        area=bounds([spec.area for spec in recipe]),
+        aspect=bounds([spec.aspect for spec in recipe]),
+        flip=each(spec.flip for spec in recipe),
+        grayscale=each(spec.grayscale for spec in recipe),
+        blur=bounds([spec.blur or (0, 0) for spec in recipe]),
+        blur_probability=each(spec.blur_probability if spec.blur else 0 for spec in recipe),
+        jitter=amounts([spec.jitter for spec in recipe]),
+        patch_jitter=amounts([PATCH_JITTER if spec.patch else None for spec in recipe]),
+        patch_kind=each(PATCH_KINDS[spec.patch] for spec in recipe),
+    )
+
+
+def _sample_rows(
+    ranges: _Ranges, sizes: np.ndarray, u: np.ndarray, height: int, width: int
 ) -> np.ndarray:
-    rows = np.zeros((len(u), len(COLUMNS)), dtype=np.float64)
+    """(N, V, 27) rows from the uniform numbers u (N, V, _DRAWS)."""
+    rows = np.zeros((*u.shape[:2], len(COLUMNS)))
 
     def put(name: str, values) -> None:
-        rows[:, COLUMN[name]] = values
+        rows[..., COLUMN[name]] = values
 
-    put("source", spec.source)
-    for name, values in zip(
-        ("crop_top", "crop_left", "crop_height", "crop_width"),
-        _sample_crop(spec, source, u),
-        strict=True,
-    ):
+    put("source", ranges.source)
+    from_image = (ranges.source == FROM_IMAGE)[:, None]
+    source = np.where(from_image, sizes[:, None], [height, width])  # (N, V, 2)
+    crop = _sample_crop(ranges, source, u)
+    for name, values in zip(("crop_top", "crop_left", "crop_height", "crop_width"), crop):
         put(name, values)
-    put("flip", u[:, _FLIP] < spec.flip)
-    put("grayscale", u[:, _GRAY] < spec.grayscale)
-    if spec.blur is not None:
-        sigma = _between(spec.blur, u[:, _BLUR_SIGMA])
-        put("blur_sigma", np.where(u[:, _BLUR] < spec.blur_probability, sigma, 0))
-    _put_jitter(put, "", spec.jitter, u[:, _JITTER])
-    _put_jitter(put, "patch_", PATCH_JITTER if spec.patch else None, u[:, _PATCH_JITTER])
-    put("patch_kind", PATCH_KINDS[spec.patch])
-    if spec.patch:
-        box_height, box_width = _box(
-            _between(PATCH_AREA, u[:, _PATCH_AREA]) * height * width,
-            _log_between(PATCH_ASPECT, u[:, _PATCH_ASPECT]),
-        )
-        box_height, box_width = box_height.clip(1, height), box_width.clip(1, width)
-        put("patch_height", box_height)
-        put("patch_width", box_width)
-        put("patch_top", _offset(u[:, _PATCH_TOP], height - box_height))
-        put("patch_left", _offset(u[:, _PATCH_LEFT], width - box_width))
-        put("target_top", _offset(u[:, _TARGET_TOP], height - box_height))
-        put("target_left", _offset(u[:, _TARGET_LEFT], width - box_width))
-    if spec.patch == "smoothblend":
-        put("alpha_sigma_y", PATCH_ALPHA_SIGMA * height / 224)
-        put("alpha_sigma_x", PATCH_ALPHA_SIGMA * width / 224)
+    put("flip", u[..., _FLIP] < ranges.flip)
+    put("grayscale", u[..., _GRAY] < ranges.grayscale)
+    sigma = _between(ranges.blur, u[..., _BLUR_SIGMA])
+    put("blur_sigma", np.where(u[..., _BLUR] < ranges.blur_probability, sigma, 0))
+    _put_jitter(put, "", ranges.jitter, u[..., _JITTER])
+    _put_jitter(put, "patch_", ranges.patch_jitter, u[..., _PATCH_JITTER])
+    if ranges.patch_kind.any():
+        _put_patch(put, ranges.patch_kind, u, height, width)
     return rows
 
 
-def _sample_crop(spec: ViewSpec, source: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:
-    """torchvision's RandomResizedCrop rule: the first of 10 boxes that fits, else a centred one."""
-    heights, widths = source[:, :1], source[:, 1:]
-    tries_h, tries_w = _box(
-        _between(spec.area, u[:, _CROP_AREA]) * heights * widths,
-        _log_between(spec.aspect, u[:, _CROP_ASPECT]),
+def _put_patch(put, kind: np.ndarray, u: np.ndarray, height: int, width: int) -> None:
+    box_height, box_width = _box(
+        _between(PATCH_AREA, u[..., _PATCH_AREA]) * height * width,
+        _log_between(PATCH_ASPECT, u[..., _PATCH_ASPECT]),
     )
+    box_height, box_width = box_height.clip(1, height), box_width.clip(1, width)
+    sigma_y, sigma_x = (PATCH_ALPHA_SIGMA * side / 224 for side in (height, width))
+    put("patch_kind", kind)
+    for name, values in (
+        ("patch_height", box_height),
+        ("patch_width", box_width),
+        ("patch_top", _offset(u[..., _PATCH_TOP], height - box_height)),
+        ("patch_left", _offset(u[..., _PATCH_LEFT], width - box_width)),
+        ("target_top", _offset(u[..., _TARGET_TOP], height - box_height)),
+        ("target_left", _offset(u[..., _TARGET_LEFT], width - box_width)),
+    ):
+        put(name, np.where(kind > 0, values, 0))
+    smooth = kind == PATCH_KINDS["smoothblend"]
+    put("alpha_sigma_y", np.where(smooth, sigma_y, 0))
+    put("alpha_sigma_x", np.where(smooth, sigma_x, 0))
+
+
+def _sample_crop(ranges: _Ranges, source: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, ...]:
+    """torchvision's RandomResizedCrop rule: the first of 10 boxes that fits, else a centred one."""
+    heights, widths = source[..., :1], source[..., 1:]
+    area = _between(_over_tries(ranges.area), u[..., _CROP_AREA]) * heights * widths
+    tries_h, tries_w = _box(area, _log_between(_over_tries(ranges.aspect), u[..., _CROP_ASPECT]))
     fits = (tries_h >= 1) & (tries_h <= heights) & (tries_w >= 1) & (tries_w <= widths)
-    first = fits.argmax(1, keepdims=True)
+    first = fits.argmax(-1)[..., None]
 
     def pick(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, first, 1)
+        return np.take_along_axis(values, first, -1)
 
     # An image flatter or steeper than any allowed box is cut at its centre to the nearest aspect.
-    narrow, wide = spec.aspect
+    narrow, wide = _over_tries(ranges.aspect)
     centre_h = np.where(widths / heights < narrow, np.rint(widths / narrow), heights)
     centre_w = np.where(widths / heights > wide, np.rint(heights * wide), widths)
-    found = fits.any(1, keepdims=True)
+    found = pick(fits)
     h = np.where(found, pick(tries_h), centre_h)
     w = np.where(found, pick(tries_w), centre_w)
-    top = np.where(found, _offset(pick(u[:, _CROP_TOP]), heights - h), (heights - h) // 2)
-    left = np.where(found, _offset(pick(u[:, _CROP_LEFT]), widths - w), (widths - w) // 2)
-    return top[:, 0], left[:, 0], h[:, 0], w[:, 0]
+    top = np.where(found, _offset(pick(u[..., _CROP_TOP]), heights - h), (heights - h) // 2)
+    left = np.where(found, _offset(pick(u[..., _CROP_LEFT]), widths - w), (widths - w) // 2)
+    return top[..., 0], left[..., 0], h[..., 0], w[..., 0]
 
 
-def _put_jitter(put, prefix: str, jitter: Jitter | None, u: np.ndarray) -> None:
-    names = ("brightness", "contrast", "saturation", "hue")
-    neutral = (1.0, 1.0, 1.0, 0.0)
-    for k, (name, off) in enumerate(zip(names, neutral, strict=True)):
-        amount = getattr(jitter, name) if jitter else 0.0
-        drawn = _between((off - amount, off + amount), u[:, 2 + k])
-        put(prefix + name, np.where(u[:, 0] < (jitter.probability if jitter else 0), drawn, off))
-    put(prefix + "jitter_order", np.floor(u[:, 1] * 24))
+def _over_tries(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return bounds[0][:, None], bounds[1][:, None]
+
+
+def _put_jitter(put, prefix: str, jitter: np.ndarray, u: np.ndarray) -> None:
+    *amounts, probability = jitter
+    on = u[..., 0] < probability
+    names, neutral = ("brightness", "contrast", "saturation", "hue"), (1.0, 1.0, 1.0, 0.0)
+    for k, (name, off, amount) in enumerate(zip(names, neutral, amounts)):
+        drawn = _between((off - amount, off + amount), u[..., 2 + k])
+        put(prefix + name, np.where(on, drawn, off))
+    put(prefix + "jitter_order", np.floor(u[..., 1] * 24))
 
 
 def _box(area: np.ndarray, aspect: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -233,9 +289,9 @@ def _offset(u: np.ndarray, room: np.ndarray) -> np.ndarray:
     return np.floor(u * (room + 1))
 
 
-def _between(bounds: tuple[float, float], u: np.ndarray) -> np.ndarray:
+def _between(bounds, u: np.ndarray) -> np.ndarray:
     return bounds[0] + (bounds[1] - bounds[0]) * u
 
 
-def _log_between(bounds: tuple[float, float], u: np.ndarray) -> np.ndarray:
+def _log_between(bounds, u: np.ndarray) -> np.ndarray:
     return np.exp(_between((np.log(bounds[0]), np.log(bounds[1])), u))

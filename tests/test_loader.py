@@ -212,6 +212,17 @@ def test_work_ahead_is_bounded(folder, monkeypatch):
         assert len(started) == min(consumed + AHEAD, len(source))
 
 
+def test_memory_is_used_again_once_nobody_holds_the_batch(folder):
+    source = loader(folder, batch_size=2)
+    held = next(iter(source)).views[1, 0]  # a part of a batch holds all of it
+    before, places = held.clone(), []
+    for _ in range(2):
+        for batch in source:
+            places.append(batch.views.data_ptr())
+    assert len(set(places)) <= AHEAD + 2 < len(places)
+    assert torch.equal(held, before) and held.data_ptr() not in places
+
+
 def test_the_backend_asked_for_reaches_the_threads(folder):
     native = take(loader(folder), 1)[0]
     with use_backend("reference"):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from spd_fast import InputError, recipes, sample_view_params
+from spd_fast import InputError, recipes, sample_view_params, views
 from spd_fast.views import COLUMN, COLUMNS
 
 
@@ -31,6 +31,17 @@ def test_a_row_depends_on_seed_epoch_index_and_view_alone():
         assert not (changed == whole).all(2).any()
     assert not torch.equal(whole[:, 0], whole[:, 1])
     assert not torch.equal(whole[:, 2, 1:13], whole[:, 3, 1:13])  # the weak draws are independent
+
+
+def test_the_random_numbers_are_those_of_numpy(monkeypatch):
+    indices, arrays = np.array([0, 7, 2**62]), np.arange(3)
+    for seed, epoch in ((0, 0), (2**63 - 1, 5), (3, 2**40)):
+        ours = views._uniform(seed, epoch, indices, arrays)
+        monkeypatch.setattr(views, "native", None)
+        assert np.array_equal(views._uniform(seed, epoch, indices, arrays), ours)
+        monkeypatch.undo()
+        philox = np.random.Philox(key=[seed, 0], counter=[0, 2, 7, epoch])
+        assert np.array_equal(np.random.Generator(philox).random(64), ours[1, 2])
 
 
 def test_rows_are_frozen():

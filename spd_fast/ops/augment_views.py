@@ -150,10 +150,18 @@ def _empty_views(
         raise InputError(f"params must be (N, V, {len(COLUMNS)}), got {tuple(params.shape)}")
     height, width = view_size(size)
     n, v, _ = params.shape
-    if channels_last:
-        views = torch.empty(v, n, height, width, 3, dtype=dtype, device=device)
-        return views.permute(0, 1, 4, 2, 3)
-    return torch.empty(v, n, 3, height, width, dtype=dtype, device=device)
+    shape = (v, n, height, width, 3) if channels_last else (v, n, 3, height, width)
+    views = empty_on_huge_pages(math.prod(shape) * dtype.itemsize, device)
+    views = views.view(dtype).view(shape)
+    return views.permute(0, 1, 4, 2, 3) if channels_last else views
+
+
+def empty_on_huge_pages(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """(size,) uint8, not initialised; if large, on huge pages where the system has them."""
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    if memory.device.type == "cpu" and native is not None:
+        native.advise_huge_pages(memory.numpy())
+    return memory
 
 
 def check(
@@ -189,68 +197,82 @@ def check(
     if not all(s > 0 for s in std):
         raise InputError(f"std must be above 0, got {std}")
     if n and v:
-        _check_layout(buffers, layout)
-        _check_rows(layout, params, out.shape[3], out.shape[4])
+        _check_layout(buffers, layout.numpy())
+        _check_rows(layout.numpy(), params.numpy(), out.shape[3], out.shape[4])
 
 
-def _check_layout(buffers: Sequence[Tensor], layout: Tensor) -> None:
-    index, offset, height, width = layout.unbind(1)
+def _check_layout(buffers: Sequence[Tensor], layout: np.ndarray) -> None:
+    index, offset, height, width = layout.T
     if (layout < 0).any() or (layout[:, 2:] < 1).any() or (index >= len(buffers)).any():
         raise InputError("every image needs an offset of at least 0 and at least 1 x 1 pixels")
     if (layout[:, 2:] >= MAX_SIDE).any():
         raise InputError(f"an image's sides must be below {MAX_SIDE} pixels")
-    room = torch.tensor([b.numel() for b in buffers])[index]
+    room = np.array([b.numel() for b in buffers])[index]
     # Written so that no product or sum can overflow, whatever the offset.
-    beyond = ((offset > room) | (height * width * 3 > room - offset)).nonzero()
+    beyond = ((offset > room) | (height * width * 3 > room - offset)).nonzero()[0]
     if len(beyond):
         i = int(beyond[0])
         raise InputError(f"image {i} of {height[i]} x {width[i]} reaches past its buffer's end")
 
 
-def _check_rows(layout: Tensor, params: Tensor, height: int, width: int) -> None:
-    """Every box inside its image or view, every choice in range, no circle of sources."""
-    if not bool(torch.isfinite(params).all()):
+def _columns(*names: str) -> list[int]:
+    return [COLUMNS.index(name) for name in names]
+
+
+# Boxes of a row by their columns: top, left, height, width.
+_CROP = _columns("crop_top", "crop_left", "crop_height", "crop_width")
+_PATCH = _columns("patch_top", "patch_left", "patch_height", "patch_width")
+_TARGET = _columns("target_top", "target_left", "patch_height", "patch_width")
+_ORDERS = _columns("jitter_order", "patch_jitter_order")
+_NOT_NEGATIVE = _columns("blur_sigma", "alpha_sigma_y", "alpha_sigma_x", "brightness", "contrast")
+_INTEGERS = _columns(*INTEGER_COLUMNS)
+_SOURCE, _KIND = _columns("source", "patch_kind")
+
+
+def _check_rows(layout: np.ndarray, params: np.ndarray, height: int, width: int) -> None:
+    """Every box inside its image or view, every choice in range, no circle of sources.
+
+    On numpy arrays and many columns at once: called for a few images, as a loader does, this must
+    not take longer than making their views.
+    """
+    if not np.isfinite(params).all():
         raise InputError("params hold NaN or infinity")
-    n, v, _ = params.shape
-    p = dict(zip(COLUMNS, params.unbind(2), strict=True))
+    views = params.shape[1]
 
-    def refuse(bad: Tensor, what: str) -> None:
+    def refuse(bad: np.ndarray, what: str, columns: Sequence[int] = ()) -> None:
         if bad.any():
-            i, k = bad.nonzero()[0].tolist()
-            raise InputError(f"params of image {i}, view {k}: {what}")
+            i, k, *column = np.argwhere(bad)[0]
+            name = COLUMNS[columns[column[0]]] + " " if column else ""
+            raise InputError(f"params of image {i}, view {k}: {name}{what}")
 
-    for name in INTEGER_COLUMNS:
-        refuse(p[name] != p[name].floor(), f"{name} must be a whole number")
-    source = p["source"]
-    refuse((source < -1) | (source >= v), f"source must be -1 or a view index below {v}")
-    from_view = source >= 0
-    source_height = torch.where(from_view, height, layout[:, 2:3])
-    source_width = torch.where(from_view, width, layout[:, 3:4])
+    whole = params[..., _INTEGERS]
+    refuse(whole != np.floor(whole), "must be a whole number", _INTEGERS)
+    source, kind = params[..., _SOURCE], params[..., _KIND]
+    refuse((source < -1) | (source >= views), f"source must be -1 or a view index below {views}")
+    room = np.where((source < 0)[..., None], layout[:, None, 2:], [height, width])
     refuse(
-        _outside(p["crop_top"], p["crop_height"], source_height)
-        | _outside(p["crop_left"], p["crop_width"], source_width),
-        "the crop box is empty or reaches outside its source",
+        _outside(params[..., _CROP], room), "the crop box is empty or reaches outside its source"
     )
-    for name in ("jitter_order", "patch_jitter_order"):
-        refuse((p[name] < 0) | (p[name] > 23), f"{name} must be 0..23")
-    for name in ("blur_sigma", "alpha_sigma_y", "alpha_sigma_x", "brightness", "contrast"):
-        refuse(p[name] < 0, f"{name} must not be negative")
-    kinds = torch.tensor(list(PATCH_KINDS.values()))
-    refuse(~torch.isin(p["patch_kind"], kinds), f"patch_kind must be one of {kinds.tolist()}")
-    box_outside = torch.zeros_like(from_view)
-    for top, left in (("patch_top", "patch_left"), ("target_top", "target_left")):
-        box_outside |= _outside(p[top], p["patch_height"], height)
-        box_outside |= _outside(p[left], p["patch_width"], width)
-    refuse((p["patch_kind"] > 0) & box_outside, "the patch or its target is outside the view")
-    reached = source.long()  # follow every chain of sources V steps: it must have ended
-    for _ in range(v):
-        following = source.long().gather(1, reached.clamp(min=0))
-        reached = torch.where(reached >= 0, following, reached)
-    refuse(reached >= 0, "the views are made from each other in a circle")
+    orders = params[..., _ORDERS]
+    refuse((orders < 0) | (orders > 23), "must be 0..23", _ORDERS)
+    refuse(params[..., _NOT_NEGATIVE] < 0, "must not be negative", _NOT_NEGATIVE)
+    kinds = list(PATCH_KINDS.values())
+    refuse((kind < min(kinds)) | (kind > max(kinds)), f"patch_kind must be one of {kinds}")
+    if kind.any():
+        box_outside = _outside(params[..., _PATCH], (height, width))
+        box_outside |= _outside(params[..., _TARGET], (height, width))
+        refuse((kind > 0) & box_outside, "the patch or its target is outside the view")
+    if (source >= np.arange(views)).any():  # views made from earlier ones cannot form a circle
+        reached = source.astype(np.int64)  # follow every chain V steps: it must have ended
+        for _ in range(views):
+            following = np.take_along_axis(source.astype(np.int64), reached.clip(min=0), 1)
+            reached = np.where(reached >= 0, following, reached)
+        refuse(reached >= 0, "the views are made from each other in a circle")
 
 
-def _outside(start: Tensor, length: Tensor, room: Tensor | int) -> Tensor:
-    return (start < 0) | (length < 1) | (start + length > room)
+def _outside(box: np.ndarray, room: np.ndarray | tuple[int, int]) -> np.ndarray:
+    start, length = box[..., :2], box[..., 2:]
+    return ((start < 0) | (length < 1) | (start + length > room)).any(-1)
 
 
 def _run_reference(buffers, layout, params, out, mean, std, threads) -> None:
