@@ -42,6 +42,23 @@ static inline float sum_of(Floats v) {
     return sum;
 }
 
+typedef float Pixel4 __attribute__((vector_size(16)));
+
+// Rows to columns.
+static inline void transpose(Pixel4* v) {
+#ifdef __SSE2__
+    _MM_TRANSPOSE4_PS(*reinterpret_cast<__m128*>(v), *reinterpret_cast<__m128*>(v + 1),
+                      *reinterpret_cast<__m128*>(v + 2), *reinterpret_cast<__m128*>(v + 3));
+#else
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float kept = v[i][j];
+            v[i][j] = v[j][i];
+            v[j][i] = kept;
+        }
+#endif
+}
+
 // ------------------------------------------------------------------------------ bytes of pixels
 
 // One channel of `lanes` interleaved RGB pixels, as numbers 0..255. Reads up to 4 bytes past them.

@@ -32,24 +32,46 @@ void blur_line(float* d, const float* s, int n, const float* w, int radius) {
     }
 }
 
-// Four blurred rows d, d + stride, ... from the rows s[0] .. s[2 * radius + 3]. Every vector that
-// is loaded serves four sums: one row at a time, the loads would take longer than the arithmetic.
-// `w` are the taps -radius..radius with three zeros on either side.
-void blur_band(float* d, ptrdiff_t stride, const float* const* s, int n, const float* w,
+// Weights of a pair of rows, each the same way in from its end of a band's source rows, for the
+// sum and for the difference of the two; outermost output rows first.
+struct PairTaps {
+    float even[band / 2], odd[band / 2];
+};
+
+// With w[-radius..radius] = taps, output j of a band is the sum of w[i - j - radius] s[i]. Since w
+// is symmetric, output 3 - j is the same sum with the source rows in reverse order.
+void pair_taps(PairTaps* pairs, const float* taps, int radius) {
+    const auto w = [=](int k) { return k < -radius || k > radius ? 0 : taps[k < 0 ? -k : k]; };
+    for (int k = 0; k < radius + band / 2; ++k)
+        for (int j = 0; j < band / 2; ++j) {
+            const float a = w(k - j - radius), b = w(k - (band - 1 - j) - radius);
+            pairs[k].even[j] = (a + b) / 2;
+            pairs[k].odd[j] = (a - b) / 2;
+        }
+}
+
+// Four blurred rows d, d + stride, ... from the rows s[0] .. s[2 * radius + 3]. What is loaded
+// serves four rows; going by pairs of source rows halves the multiplications.
+void blur_band(float* d, ptrdiff_t stride, const float* const* s, int n, const PairTaps* pairs,
                int radius) {
+    const int last = 2 * radius + band - 1;
     for (int x = 0; x < n; x += 2 * lanes) {
-        Floats sum[band][2] = {};
-        for (int k = 0; k < 2 * radius + band; ++k) {
-            const Floats a = load(s[k] + x), b = load(s[k] + x + lanes);
-            for (int j = 0; j < band; ++j) {
-                sum[j][0] += a * w[k + band - 1 - j];
-                sum[j][1] += b * w[k + band - 1 - j];
+        Floats even[2][2] = {}, odd[2][2] = {};
+        for (int k = 0; k < radius + band / 2; ++k)
+            for (int v = 0; v < 2; ++v) {
+                const Floats above = load(s[k] + x + v * lanes);
+                const Floats below = load(s[last - k] + x + v * lanes);
+                for (int j = 0; j < 2; ++j) {
+                    even[j][v] += (above + below) * pairs[k].even[j];
+                    odd[j][v] += (above - below) * pairs[k].odd[j];
+                }
             }
-        }
-        for (int j = 0; j < band; ++j) {
-            store(d + j * stride + x, sum[j][0]);
-            store(d + j * stride + x + lanes, sum[j][1]);
-        }
+        for (int j = 0; j < 2; ++j)
+            for (int v = 0; v < 2; ++v) {
+                float* to = d + x + v * lanes;
+                store(to + j * stride, even[j][v] + odd[j][v]);
+                store(to + (band - 1 - j) * stride, even[j][v] - odd[j][v]);
+            }
     }
 }
 
@@ -74,10 +96,8 @@ class Blur {
         gaussian_taps(taps_, full, sigma > 0 ? sigma : 1);
         radius_ = full;
         while (radius_ > 0 && taps_[radius_] < negligible_tap) --radius_;
-        spread_ = pieces.take(2 * radius_ + 2 * band);
-        memset(spread_, 0, (2 * radius_ + 2 * band) * sizeof(float));
-        for (int k = -radius_; k <= radius_; ++k)
-            spread_[band - 1 + radius_ + k] = taps_[k < 0 ? -k : k];
+        pairs_ = reinterpret_cast<PairTaps*>(pieces.take(band * (radius_ + band / 2)));
+        pair_taps(pairs_, taps_, radius_);
         rows_ = reinterpret_cast<const float**>(pieces.take(2 * (2 * radius_ + band)));
         line_pitch_ = plane.pitch + 2 * padded(radius_);
         lines_ = pieces.take(size_t(band) * line_pitch_);
@@ -91,7 +111,7 @@ class Blur {
         for (int c = 0; c < 3; ++c) {
             for (int k = 0; k < 2 * radius_ + band; ++k)
                 rows_[k] = plane_.at(reflect(y - radius_ + k, plane_.height)) + c * plane_.pitch;
-            blur_band(lines_ + margin, line_pitch_, rows_, plane_.pitch, spread_, radius_);
+            blur_band(lines_ + margin, line_pitch_, rows_, plane_.pitch, pairs_, radius_);
             for (int j = 0; j < rows; ++j) {
                 float* line = lines_ + j * line_pitch_ + margin;
                 mirror_ends(line, plane_.width, radius_);
@@ -104,13 +124,14 @@ class Blur {
   private:
     Plane plane_;
     int radius_, line_pitch_;
-    float *taps_, *spread_, *lines_;
+    float *taps_, *lines_;
+    PairTaps* pairs_;
     const float** rows_;
 };
 
 size_t blur_scratch(int height, int width) {
     const size_t radius = blur_radius(height);
-    return 7 * radius + 4 * band + band * (padded(width) + 2 * padded(int(radius))) + 4 * 16;
+    return 9 * radius + 5 * band + band * (padded(width) + 2 * padded(int(radius))) + 4 * 16;
 }
 
 }  // namespace

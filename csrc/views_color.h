@@ -80,21 +80,11 @@ void gray_row(float* __restrict r, float* __restrict g, float* __restrict b, int
 void adjust_row(float* row, int pitch, const Adjustment* first, const Adjustment* last) {
     float *r = row, *g = row + pitch, *b = row + 2 * pitch;
     for (const Adjustment* a = first; a < last; ++a) switch (a->kind) {
-            case brightness:
-                adjust_brightness_row(row, 3 * pitch, a->amount);
-                break;
-            case contrast:
-                adjust_contrast_row(row, 3 * pitch, a->amount, a->rest);
-                break;
-            case saturation:
-                adjust_saturation_row(r, g, b, pitch, a->amount);
-                break;
-            case hue:
-                adjust_hue_row(r, g, b, pitch, a->amount);
-                break;
-            case to_gray:
-                gray_row(r, g, b, pitch);
-                break;
+            case brightness: adjust_brightness_row(row, 3 * pitch, a->amount); break;
+            case contrast: adjust_contrast_row(row, 3 * pitch, a->amount, a->rest); break;
+            case saturation: adjust_saturation_row(r, g, b, pitch, a->amount); break;
+            case hue: adjust_hue_row(r, g, b, pitch, a->amount); break;
+            case to_gray: gray_row(r, g, b, pitch); break;
         }
 }
 

@@ -91,16 +91,11 @@ void weighted_rows(float* __restrict d, const float* const* rows, int n, const f
 
 void weighted_rows(float* d, const float* const* rows, int n, const float* w, int taps) {
     switch (taps) {
-        case 1:
-            return weighted_rows<1, false>(d, rows, n, w);
-        case 2:
-            return weighted_rows<2, false>(d, rows, n, w);
-        case 3:
-            return weighted_rows<3, false>(d, rows, n, w);
-        case 4:
-            return weighted_rows<4, false>(d, rows, n, w);
-        case 5:
-            return weighted_rows<5, false>(d, rows, n, w);
+        case 1: return weighted_rows<1, false>(d, rows, n, w);
+        case 2: return weighted_rows<2, false>(d, rows, n, w);
+        case 3: return weighted_rows<3, false>(d, rows, n, w);
+        case 4: return weighted_rows<4, false>(d, rows, n, w);
+        case 5: return weighted_rows<5, false>(d, rows, n, w);
     }
     weighted_rows<6, false>(d, rows, n, w);
     int k = 6;
@@ -162,23 +157,31 @@ void weighted_lookups(float* d, ptrdiff_t to, const float* s, ptrdiff_t from, co
     }
 }
 
-// Three channels at once, from interleaved floats: a pixel is a vector of four, the last unused.
-typedef float Pixel4 __attribute__((vector_size(16)));
+// Three channels at once, where there is no looking up or an output's neighbours lie too far apart.
+// A pixel is a vector of four, the last unused.
+
+void interleave_pixels(Pixel4* d, const float* planar, int pitch, int n) {
+    for (int x = 0; x < n; x += 4) {
+        Pixel4 block[4] = {};
+        for (int c = 0; c < 3; ++c) memcpy(&block[c], planar + c * pitch + x, sizeof(Pixel4));
+        transpose(block);
+        for (int j = 0; j < 4; ++j) d[x + j] = block[j];
+    }
+}
 
 template <int fixed_taps = 0>
-void weighted_pixels(float* d, int pitch, const float* s, const Taps& t, int n) {
+void weighted_pixels(float* d, int pitch, const Pixel4* s, const Taps& t, int n) {
     const int taps = fixed_taps ? fixed_taps : t.taps;
-    for (int x = 0; x < n; ++x) {
-        const float* p = s + 3 * t.first[x];
-        const float* w = t.weights + size_t(x) * taps;
-        Pixel4 sum{}, pixel;
-        for (int k = 0; k < taps; ++k) {
-            memcpy(&pixel, p + 3 * k, sizeof pixel);
-            sum += pixel * w[k];
+    for (int x = 0; x < pitch; x += 4) {
+        Pixel4 block[4] = {};
+        for (int j = 0; j < 4 && x + j < n; ++j) {
+            const Pixel4* pixel = s + t.first[x + j];
+            const float* w = t.weights + size_t(x + j) * taps;
+            for (int k = 0; k < taps; ++k) block[j] += pixel[k] * w[k];
         }
-        d[x] = sum[0], d[pitch + x] = sum[1], d[2 * pitch + x] = sum[2];
+        transpose(block);
+        for (int c = 0; c < 3; ++c) memcpy(d + c * pitch + x, &block[c], sizeof(Pixel4));
     }
-    for (int x = n; x < pitch; ++x) d[x] = d[pitch + x] = d[2 * pitch + x] = 0;
 }
 
 template <class T>
@@ -209,7 +212,7 @@ class Resize {
           along_(
               resize_taps(box_.width, to.width, p.flip != 0, source.image ? 1 / 255.f : 1, pieces)),
           line_(pieces.take(line_floats())),
-          interleaved_(pieces.take(line_floats())),
+          pixels_(reinterpret_cast<Pixel4*>(pieces.take(4 * size_t(padded(box_.width))))),
           rows_(reinterpret_cast<const float**>(pieces.take(2 * down_.taps))),
           ring_rows_(power_of_two(down_.taps)),
           ring_(source.image ? pieces.take(ring_rows_ * line_floats()) : nullptr) {
@@ -227,8 +230,8 @@ class Resize {
             line = line_;
         }
         if (by_lookup_) return along_planar(d, pitch, line);
-        interleave(interleaved_, line, pitch_, box_.width);
-        along_interleaved(d, pitch, interleaved_);
+        interleave_pixels(pixels_, line, pitch_, box_.width);
+        along_interleaved(d, pitch);
     }
 
   private:
@@ -252,33 +255,23 @@ class Resize {
     void along_planar(float* d, int pitch, const float* s) const {
         const ptrdiff_t from = pitch_;
         if (blocks_.span > lanes) switch (blocks_.taps) {
-                case 3:
-                    return weighted_lookups<true, 3>(d, pitch, s, from, blocks_);
-                case 4:
-                    return weighted_lookups<true, 4>(d, pitch, s, from, blocks_);
-                default:
-                    return weighted_lookups<true>(d, pitch, s, from, blocks_);
+                case 3: return weighted_lookups<true, 3>(d, pitch, s, from, blocks_);
+                case 4: return weighted_lookups<true, 4>(d, pitch, s, from, blocks_);
+                default: return weighted_lookups<true>(d, pitch, s, from, blocks_);
             }
         switch (blocks_.taps) {
-            case 1:
-                return weighted_lookups<false, 1>(d, pitch, s, from, blocks_);
-            case 2:
-                return weighted_lookups<false, 2>(d, pitch, s, from, blocks_);
-            default:
-                return weighted_lookups<false>(d, pitch, s, from, blocks_);
+            case 1: return weighted_lookups<false, 1>(d, pitch, s, from, blocks_);
+            case 2: return weighted_lookups<false, 2>(d, pitch, s, from, blocks_);
+            default: return weighted_lookups<false>(d, pitch, s, from, blocks_);
         }
     }
 
-    void along_interleaved(float* d, int pitch, const float* s) const {
+    void along_interleaved(float* d, int pitch) const {
         switch (along_.taps) {
-            case 2:
-                return weighted_pixels<2>(d, pitch, s, along_, width_);
-            case 3:
-                return weighted_pixels<3>(d, pitch, s, along_, width_);
-            case 4:
-                return weighted_pixels<4>(d, pitch, s, along_, width_);
-            default:
-                return weighted_pixels(d, pitch, s, along_, width_);
+            case 2: return weighted_pixels<2>(d, pitch, pixels_, along_, width_);
+            case 3: return weighted_pixels<3>(d, pitch, pixels_, along_, width_);
+            case 4: return weighted_pixels<4>(d, pitch, pixels_, along_, width_);
+            default: return weighted_pixels(d, pitch, pixels_, along_, width_);
         }
     }
 
@@ -288,7 +281,8 @@ class Resize {
     Taps down_, along_;
     TapBlocks blocks_{};
     bool by_lookup_;
-    float *line_, *interleaved_;
+    float* line_;
+    Pixel4* pixels_;
     const float** rows_;
     int ring_rows_;
     float* ring_;
@@ -301,7 +295,8 @@ size_t resize_scratch(const ViewParams& p, int height, int width) {
     const size_t tables = height * (taps_y + 1) + width * (taps_x + 1),
                  blocks = padded(width) * (taps_x + 2);
     const size_t line = 3 * size_t(padded(max2(w, width)) + 2 * lanes) + 2 * lanes;
-    return tables + blocks + (power_of_two(int(taps_y)) + 2) * line + 2 * taps_y + 11 * 16;
+    return tables + blocks + (power_of_two(int(taps_y)) + 1) * line + 4 * padded(w) + 2 * taps_y +
+           11 * 16;
 }
 
 }  // namespace

@@ -72,14 +72,10 @@ class Store {
     // Columns x0 .. x1 - 1 only.
     void part_of_row(int view, int y, const float* row, int pitch, int x0, int x1) const {
         switch (args_.dtype) {
-            case DType::float32:
-                return typed_part<float>(view, y, row, pitch, x0, x1);
-            case DType::float16:
-                return typed_part<Half>(view, y, row, pitch, x0, x1);
-            case DType::bfloat16:
-                return typed_part<BFloat>(view, y, row, pitch, x0, x1);
-            case DType::uint8:
-                return typed_part<uint8_t>(view, y, row, pitch, x0, x1);
+            case DType::float32: return typed_part<float>(view, y, row, pitch, x0, x1);
+            case DType::float16: return typed_part<Half>(view, y, row, pitch, x0, x1);
+            case DType::bfloat16: return typed_part<BFloat>(view, y, row, pitch, x0, x1);
+            case DType::uint8: return typed_part<uint8_t>(view, y, row, pitch, x0, x1);
         }
     }
 
