@@ -101,7 +101,7 @@ void augment_image(const AugmentArgs& args, int64_t image) {
     for (int v = 0; v < views; ++v) most = max2(most, view_scratch(params[v], height, width));
     const size_t plane_size = plane_floats(height, width), line = 3 * size_t(width);
     const size_t table = views * sizeof(Kept) / sizeof(float);
-    Pieces pieces{scratch.reserve((views + 1) * plane_size + most + table + line + 4 * 16)};
+    Pieces pieces = scratch.reserve((views + 1) * plane_size + most + table + line + 4 * 16);
     const Store out(args, image, pieces);
     const Plane shared = whole_plane(pieces.take(plane_size), height, width);
     Kept* kept = reinterpret_cast<Kept*>(pieces.take(table));

@@ -77,6 +77,17 @@ SPD_HD static inline int reflect(int i, int n) {
 
 namespace {  // internal linkage: see above
 
+// Hands out pieces of a block of memory.
+struct Pieces {
+    float *next, *end;
+    float* take(size_t floats) {
+        float* piece = next;
+        next += (floats + 15) / 16 * 16;  // keeps every piece on a cache line of its own
+        if (next > end) abort();          // whoever reserved the block counted wrong
+        return piece;
+    }
+};
+
 // Memory that a thread keeps between calls: it only ever grows. Not initialised.
 class Scratch {
   public:
@@ -86,30 +97,20 @@ class Scratch {
     ~Scratch() { free(memory_); }
 
     // Room for `floats` floats, 64-byte aligned; invalidates what an earlier call returned.
-    float* reserve(size_t floats) {
+    Pieces reserve(size_t floats) {
         const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
         if (bytes > size_) {
             free(memory_);
-            memory_ = aligned_alloc(64, bytes);
+            memory_ = static_cast<float*>(aligned_alloc(64, bytes));
             size_ = memory_ ? bytes : 0;
             if (!memory_) abort();  // inside a parallel region nothing can be thrown
         }
-        return static_cast<float*>(memory_);
+        return {memory_, memory_ + bytes / sizeof(float)};
     }
 
   private:
-    void* memory_ = nullptr;
+    float* memory_ = nullptr;
     size_t size_ = 0;
-};
-
-// Hands out pieces of one Scratch block.
-struct Pieces {
-    float* next;
-    float* take(size_t floats) {
-        float* piece = next;
-        next += (floats + 15) / 16 * 16;  // keeps every piece on a cache line of its own
-        return piece;
-    }
 };
 
 }  // namespace

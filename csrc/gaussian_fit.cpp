@@ -145,7 +145,7 @@ void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end)
     const Features& f = args.features;
     const size_t stride = 8 * size_t(panels(f.d));
     const size_t position_stride = stride * (f.batch + 1) + 16;
-    Pieces pieces{scratch.reserve(gather_positions * position_stride + stride + 64)};
+    Pieces pieces = scratch.reserve(gather_positions * position_stride + stride + 64);
     float* x = pieces.take(gather_positions * position_stride);
     float* block_mean = pieces.take(stride);
     memset(x, 0, gather_positions * position_stride * sizeof(float));
@@ -166,7 +166,7 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
     static thread_local Scratch scratch;
     const int d = args.d, padded = 8 * panels(d);
     const size_t size = packed_size(d);
-    float* old = scratch.reserve(8 * size_t(padded));
+    float* old = scratch.reserve(8 * size_t(padded)).next;
     for (int64_t p = begin; p < end; ++p) {
         float* a = args.scatter + p * size;
         for (size_t i = 0; i < size; ++i) a[i] /= float(args.count - 1);

@@ -67,7 +67,7 @@ void mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     const size_t stride = f.batch == 1 ? 1 : (f.batch + 3) / 4 * 4;
     // 16 floats more between positions: a power-of-two stride would fall into one cache set.
     const size_t position_stride = 8 * size_t(panels(f.d)) * stride + 16;
-    Pieces pieces{scratch.reserve(gather_positions * position_stride + stride + 64)};
+    Pieces pieces = scratch.reserve(gather_positions * position_stride + stride + 64);
     float* x = pieces.take(gather_positions * position_stride);
     float* squared = pieces.take(stride);
     memset(x, 0, gather_positions * position_stride * sizeof(float));
