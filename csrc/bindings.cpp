@@ -15,6 +15,7 @@
 
 #include "augment_views.h"
 #include "mahalanobis.h"
+#include "philox.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -239,24 +240,8 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
 
 // ------------------------------------------------------------------------------- random numbers
 
-// One block of Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
-static void philox(const uint64_t* counter, uint64_t key0, uint64_t key1, uint64_t* out) {
-    uint64_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-    for (int round = 0; round < 10; ++round) {
-        const auto a = static_cast<unsigned __int128>(0xD2E7470EE14C6C93) * c0;
-        const auto b = static_cast<unsigned __int128>(0xCA5A826395121157) * c2;
-        c0 = uint64_t(b >> 64) ^ c1 ^ key0;
-        c1 = uint64_t(b);
-        c2 = uint64_t(a >> 64) ^ c3 ^ key1;
-        c3 = uint64_t(a);
-        key0 += 0x9E3779B97F4A7C15;
-        key1 += 0xBB67AE8584CAA73B;
-    }
-    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
-}
-
 // What numpy's Philox(key=[seed, 0], counter=[0, view, index, epoch]) draws first, as numbers in
-// [0, 1): out is (indices, views, draws). numpy counts up before the first block.
+// [0, 1): out is (indices, views, draws).
 static void philox_uniform(uint64_t seed, uint64_t epoch, const py::array& indices,
                            const py::array& views, const py::array& out) {
     require(out.ndim() == 3 && out.shape(2) % 4 == 0, "out must be 3-D, in blocks of 4 draws");
@@ -264,14 +249,10 @@ static void philox_uniform(uint64_t seed, uint64_t epoch, const py::array& indic
     const int64_t* index = data_of<int64_t>(indices, "indices", {n});
     const int64_t* view = data_of<int64_t>(views, "views", {v});
     double* draw = data_of<double>(out, "out", {n, v, 4 * blocks}, true);
-    for (int64_t i = 0; i < n * v; ++i)
-        for (int64_t b = 0; b < blocks; ++b, draw += 4) {
-            const uint64_t counter[4] = {uint64_t(b + 1), uint64_t(view[i % v]),
-                                         uint64_t(index[i / v]), epoch};
-            uint64_t bits[4];
-            philox(counter, seed, 0, bits);
-            for (int k = 0; k < 4; ++k) draw[k] = double(bits[k] >> 11) * 0x1p-53;
-        }
+    for (int64_t i = 0; i < n * v; ++i) {
+        const uint64_t counter[4] = {0, uint64_t(view[i % v]), uint64_t(index[i / v]), epoch};
+        for (int64_t b = 0; b < blocks; ++b, draw += 4) uniform_block(counter, b, seed, draw);
+    }
 }
 
 // ---------------------------------------------------------------------------------------- PaDiM
