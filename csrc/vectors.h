@@ -115,28 +115,29 @@ struct Pixels {
 
 // ------------------------------------------------------------------------ looking up in registers
 
-// lookup(p, i)[j] = p[i[j]], 0 <= i[j] < lanes; lookup2 the same with 0 <= i[j] < 2 * lanes.
+// lookup(a, i)[j] = a[i[j]], 0 <= i[j] < lanes; lookup2 looks in two vectors, 0 <= i[j] < 2 *
+// lanes.
 #if defined(__AVX512F__)
 constexpr bool has_lookup = true;
-static inline Floats lookup(const float* p, Ints i) {
-    return (Floats)_mm512_permutexvar_ps((__m512i)i, (__m512)load(p));
+static inline Floats lookup(Floats a, Ints i) {
+    return (Floats)_mm512_permutexvar_ps((__m512i)i, (__m512)a);
 }
-static inline Floats lookup2(const float* p, Ints i) {
-    return (Floats)_mm512_permutex2var_ps((__m512)load(p), (__m512i)i, (__m512)load(p + lanes));
+static inline Floats lookup2(Floats a, Floats b, Ints i) {
+    return (Floats)_mm512_permutex2var_ps((__m512)a, (__m512i)i, (__m512)b);
 }
 #elif defined(__AVX2__)
 constexpr bool has_lookup = true;
-static inline Floats lookup(const float* p, Ints i) {
-    return (Floats)_mm256_permutevar8x32_ps((__m256)load(p), (__m256i)i);
+static inline Floats lookup(Floats a, Ints i) {
+    return (Floats)_mm256_permutevar8x32_ps((__m256)a, (__m256i)i);
 }
-static inline Floats lookup2(const float* p, Ints i) {
-    const __m256 upper = (__m256)(i << 28);  // bit 3, "beyond the first vector", as the sign
-    return (Floats)_mm256_blendv_ps((__m256)lookup(p, i), (__m256)lookup(p + lanes, i), upper);
+static inline Floats lookup2(Floats a, Floats b, Ints i) {
+    const __m256 in_b = (__m256)(i << 28);  // bit 3, "beyond the first vector", as the sign
+    return (Floats)_mm256_blendv_ps((__m256)lookup(a, i), (__m256)lookup(b, i), in_b);
 }
 #else
 constexpr bool has_lookup = false;
-static inline Floats lookup(const float*, Ints) { return Floats{}; }
-static inline Floats lookup2(const float*, Ints) { return Floats{}; }
+static inline Floats lookup(Floats a, Ints) { return a; }
+static inline Floats lookup2(Floats a, Floats, Ints) { return a; }
 #endif
 
 // ----------------------------------------------------------------------------------------- output

@@ -139,21 +139,30 @@ TapBlocks block_taps(const Taps& t, int out, Pieces& pieces) {
     return b;
 }
 
+// How far apart the taps of `lanes` outputs lie: those of one tap, or of all, within a vector or
+// two.
+enum Reach { tap_in_one, all_in_two, tap_in_two };
+
 // By looking up all taps of `lanes` outputs in registers. Channels are `to` and `from` apart.
-template <bool wide, int fixed_taps = 0>
+template <Reach reach, int fixed_taps = 0>
 void weighted_lookups(float* d, ptrdiff_t to, const float* s, ptrdiff_t from, const TapBlocks& t) {
     const int taps = fixed_taps ? fixed_taps : t.taps;
     for (int b = 0; b < t.blocks; ++b) {
         const float* p = s + t.base[b];
         const Ints index = t.index[b];
         const Floats* w = t.weights + b * taps;
-        Floats sum[3] = {};
-        for (int k = 0; k < taps; ++k)
-            for (int c = 0; c < 3; ++c) {
-                const float* table = p + c * from + k;
-                sum[c] += (wide ? lookup2(table, index) : lookup(table, index)) * w[k];
+        for (int c = 0; c < 3; ++c) {
+            const float* table = p + c * from;
+            const Floats low = load(table), high = load(table + lanes);
+            Floats sum{};
+            for (int k = 0; k < taps; ++k) {
+                const Floats at = load(table + k);
+                if (reach == tap_in_one) sum += lookup(at, index) * w[k];
+                if (reach == all_in_two) sum += lookup2(low, high, index + k) * w[k];
+                if (reach == tap_in_two) sum += lookup2(at, load(table + k + lanes), index) * w[k];
             }
-        for (int c = 0; c < 3; ++c) store(d + c * to + b * lanes, sum[c]);
+            store(d + c * to + b * lanes, sum);
+        }
     }
 }
 
@@ -254,15 +263,17 @@ class Resize {
 
     void along_planar(float* d, int pitch, const float* s) const {
         const ptrdiff_t from = pitch_;
-        if (blocks_.span > lanes) switch (blocks_.taps) {
-                case 3: return weighted_lookups<true, 3>(d, pitch, s, from, blocks_);
-                case 4: return weighted_lookups<true, 4>(d, pitch, s, from, blocks_);
-                default: return weighted_lookups<true>(d, pitch, s, from, blocks_);
+        if (blocks_.span <= lanes) switch (blocks_.taps) {
+                case 1: return weighted_lookups<tap_in_one, 1>(d, pitch, s, from, blocks_);
+                case 2: return weighted_lookups<tap_in_one, 2>(d, pitch, s, from, blocks_);
+                default: return weighted_lookups<tap_in_one>(d, pitch, s, from, blocks_);
             }
+        if (blocks_.span + blocks_.taps - 1 > 2 * lanes)
+            return weighted_lookups<tap_in_two>(d, pitch, s, from, blocks_);
         switch (blocks_.taps) {
-            case 1: return weighted_lookups<false, 1>(d, pitch, s, from, blocks_);
-            case 2: return weighted_lookups<false, 2>(d, pitch, s, from, blocks_);
-            default: return weighted_lookups<false>(d, pitch, s, from, blocks_);
+            case 3: return weighted_lookups<all_in_two, 3>(d, pitch, s, from, blocks_);
+            case 4: return weighted_lookups<all_in_two, 4>(d, pitch, s, from, blocks_);
+            default: return weighted_lookups<all_in_two>(d, pitch, s, from, blocks_);
         }
     }
 
