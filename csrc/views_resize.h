@@ -193,12 +193,6 @@ void weighted_pixels(float* d, int pitch, const Pixel4* s, const Taps& t, int n)
     }
 }
 
-template <class T>
-void interleave(T* __restrict d, const T* __restrict planar, int pitch, int n) {
-    for (int x = 0; x < n; ++x)
-        for (int c = 0; c < 3; ++c) d[3 * x + c] = planar[c * pitch + x];
-}
-
 // ---------------------------------------------------------------------------------------- a view
 
 // Where a view's pixels come from: the decoded image if there is one, else another view.

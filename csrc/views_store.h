@@ -50,6 +50,12 @@ void convert(uint8_t* __restrict d, const float* __restrict s, int n, Normalise)
     for (int i = 0; i < n; ++i) d[i] = uint8_t(int(clamp01(s[i]) * 255 + 0.5f));
 }
 
+template <class T>
+void interleave(T* __restrict d, const T* __restrict planar, int pitch, int n) {
+    for (int x = 0; x < n; ++x)
+        for (int c = 0; c < 3; ++c) d[3 * x + c] = planar[c * pitch + x];
+}
+
 // Where the views of one image go.
 class Store {
   public:
