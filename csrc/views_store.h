@@ -56,6 +56,52 @@ void interleave(T* __restrict d, const T* __restrict planar, int pitch, int n) {
         for (int c = 0; c < 3; ++c) d[3 * x + c] = planar[c * pitch + x];
 }
 
+template <bool streamed>
+void put_as(float* d, Floats v) {
+    put<streamed>(d, v);
+}
+
+#ifdef __F16C__
+template <bool streamed>
+void put_as(Half* d, Floats v) {
+    put_half<streamed>(&d->bits, v);
+}
+#endif
+
+// Three channels at once, interleaved by lookups: place 3 x + c of the result is place x of channel
+// c. n is a multiple of lanes.
+template <bool streamed, class T>
+void convert_interleaved(T* d, const float* s, int pitch, int n, const Normalise* m) {
+    Ints from[3], green[3], blue[3];
+    for (int part = 0; part < 3; ++part)
+        for (int j = 0; j < lanes; ++j) {
+            const int place = part * lanes + j;
+            from[part][j] = place / 3;
+            green[part][j] = place % 3 == 1 ? -1 : 0;
+            blue[part][j] = place % 3 == 2 ? -1 : 0;
+        }
+    for (int x = 0; x < n; x += lanes) {
+        const Floats r = load(s + x) * m[0].scale + m[0].shift;
+        const Floats g = load(s + pitch + x) * m[1].scale + m[1].shift;
+        const Floats b = load(s + 2 * pitch + x) * m[2].scale + m[2].shift;
+        for (int part = 0; part < 3; ++part) {
+            Floats v = lookup(r, from[part]);
+            v = green[part] ? lookup(g, from[part]) : v;
+            v = blue[part] ? lookup(b, from[part]) : v;
+            put_as<streamed>(d + 3 * x + part * lanes, v);
+        }
+    }
+}
+
+template <class T>
+constexpr bool can_interleave = false;
+template <>
+constexpr bool can_interleave<float> = has_lookup;
+#ifdef __F16C__
+template <>
+constexpr bool can_interleave<Half> = has_lookup;
+#endif
+
 // Where the views of one image go.
 class Store {
   public:
@@ -64,11 +110,13 @@ class Store {
         for (int c = 0; c < 3; ++c) normalise_[c] = {args.scale[c], args.shift[c]};
         // Whole rows are written past the caches where every row begins at a whole vector.
         const int64_t* stride = args.stride;
+        planar_ = stride[4] == 1;
+        interleaved_ = stride[4] == 3 && stride[2] == 1;
         const int64_t bytes = args.dtype == DType::float32 ? 4 : 2;
         const int64_t places = (reinterpret_cast<uintptr_t>(args.out) / bytes) | stride[0] |
-                               stride[1] | stride[2] | stride[3];
-        const bool aligned = places % lanes == 0 && args.width % lanes == 0 && stride[4] == 1;
-        streamed_ = aligned && (args.dtype == DType::float32 || args.dtype == DType::float16);
+                               stride[1] | stride[3] | (planar_ ? stride[2] : 0) | args.width;
+        streamed_ = places % lanes == 0 && (planar_ || interleaved_) &&
+                    (args.dtype == DType::float32 || args.dtype == DType::float16);
     }
 
     void row(int view, int y, const float* row, int pitch) const {
@@ -95,8 +143,8 @@ class Store {
         T* out = static_cast<T*>(args_.out) + view * stride[0] + image_ * stride[1] +
                  y * stride[3] + x0 * stride[4];
         const float* s = row + x0;
-        if (stride[4] == 1) {
-            const bool whole = streamed_ && n == args_.width;
+        const bool whole = streamed_ && n == args_.width;
+        if (planar_) {
             for (int c = 0; c < 3; ++c) {
                 T* d = out + c * stride[2];
                 if (whole)
@@ -106,9 +154,11 @@ class Store {
             }
             return;
         }
+        if constexpr (can_interleave<T>)
+            if (whole) return convert_interleaved<true>(out, s, pitch, n, normalise_);
         T* line = reinterpret_cast<T*>(line_);
         for (int c = 0; c < 3; ++c) convert<false>(line + c * n, s + c * pitch, n, normalise_[c]);
-        if (stride[4] == 3 && stride[2] == 1)
+        if (interleaved_)
             interleave(out, line, n, n);
         else
             for (int c = 0; c < 3; ++c)
@@ -119,7 +169,7 @@ class Store {
     int64_t image_;
     Normalise normalise_[3];
     float* line_;
-    bool streamed_;
+    bool planar_, interleaved_, streamed_;
 };
 
 }  // namespace

@@ -72,14 +72,16 @@ def augment_views(
     buffers, layout = _as_buffers(images)
     if out is None:
         out = _empty_views(params, size, dtype, channels_last, buffers[0].device)
-    torch.ops.spd_fast.augment_views(
-        buffers, layout, params, out, list(mean), list(std), threads, backend
-    )
+    arguments = (buffers, layout, params, out, list(mean), list(std), threads, backend)
+    if torch.compiler.is_compiling():
+        torch.ops.spd_fast.augment_views(*arguments)
+    else:  # torch's dispatcher costs a call for a few images more than the input check does
+        _run(*arguments)
+        torch.autograd.graph.increment_version(out)
     return out
 
 
-@torch.library.custom_op("spd_fast::augment_views", mutates_args=("out",))
-def _op(
+def _run(
     buffers: Sequence[Tensor],
     layout: Tensor,
     params: Tensor,
@@ -93,6 +95,9 @@ def _op(
     if out.numel():
         chosen = select("augment_views", backend, buffers, out)
         chosen.function(buffers, layout, params, out, mean, std, threads)
+
+
+_op = torch.library.custom_op("spd_fast::augment_views", _run, mutates_args=("out",))
 
 
 @_op.register_fake
@@ -215,8 +220,8 @@ def _check_layout(buffers: Sequence[Tensor], layout: np.ndarray) -> None:
         raise InputError(f"image {i} of {height[i]} x {width[i]} reaches past its buffer's end")
 
 
-def _columns(*names: str) -> list[int]:
-    return [COLUMNS.index(name) for name in names]
+def _columns(*names: str) -> np.ndarray:
+    return np.array([COLUMNS.index(name) for name in names])
 
 
 # Boxes of a row by their columns: top, left, height, width.
@@ -239,10 +244,10 @@ def _check_rows(layout: np.ndarray, params: np.ndarray, height: int, width: int)
         raise InputError("params hold NaN or infinity")
     views = params.shape[1]
 
-    def refuse(bad: np.ndarray, what: str, columns: Sequence[int] = ()) -> None:
+    def refuse(bad: np.ndarray, what: str, columns: np.ndarray | None = None) -> None:
         if bad.any():
             i, k, *column = np.argwhere(bad)[0]
-            name = COLUMNS[columns[column[0]]] + " " if column else ""
+            name = "" if columns is None else COLUMNS[columns[column[0]]] + " "
             raise InputError(f"params of image {i}, view {k}: {name}{what}")
 
     whole = params[..., _INTEGERS]
