@@ -90,7 +90,7 @@ size_t view_scratch(const ViewParams& p, int height, int width) {
 
 }  // namespace
 
-void augment_image(const AugmentArgs& args, int64_t image) {
+bool augment_image(const AugmentArgs& args, int64_t image) {
     static thread_local Scratch scratch;
     const int views = args.views, height = args.height, width = args.width;
     const ViewParams* params = args.params + image * views;
@@ -102,6 +102,7 @@ void augment_image(const AugmentArgs& args, int64_t image) {
     const size_t plane_size = plane_floats(height, width), line = 3 * size_t(width);
     const size_t table = views * sizeof(Kept) / sizeof(float);
     Pieces pieces = scratch.reserve((views + 1) * plane_size + most + table + line + 4 * 16);
+    if (!pieces.next) return false;
     const Store out(args, image, pieces);
     const Plane shared = whole_plane(pieces.take(plane_size), height, width);
     Kept* kept = reinterpret_cast<Kept*>(pieces.take(table));
@@ -136,6 +137,7 @@ void augment_image(const AugmentArgs& args, int64_t image) {
             --left;
         }
     if (out.streamed()) streams_are_done();
+    return true;
 }
 
 }  // namespace SPD_ISA

@@ -40,11 +40,31 @@ struct AugmentArgs {
     float scale[3], shift[3];  // stored value = view * scale + shift, per channel
 };
 
-// All views of one image; the images of a batch are independent of each other.
+// All views of one image; the images of a batch are independent of each other. False: out of
+// memory.
 #define SPD_DECLARE_AUGMENT(isa)                                \
     namespace isa {                                             \
-    void augment_image(const AugmentArgs& args, int64_t image); \
+    bool augment_image(const AugmentArgs& args, int64_t image); \
     }
+
+// -------------------------------------------------------------------------------- along one axis
+
+// Antialiased bilinear resize: a triangle as wide as the scale, `support` = max(1, in / out) to
+// either side of `centre` = (i + 0.5) * in / out.
+SPD_HD static inline int most_taps(int in, int out) {
+    const double support = max2(1.0, double(in) / out);
+    return in == out ? 1 : min2(in, int(ceil(2 * support)));
+}
+
+// Clamped, so that no tap reads outside the source.
+SPD_HD static inline int first_tap(double centre, double support, int in, int taps) {
+    return min2(max2(int(centre - support + 0.5), 0), in - taps);
+}
+
+// Not yet normalised; slope = 1 / support.
+SPD_HD static inline float triangle(float distance, float slope) {
+    return max2(0.f, 1 - fabsf(distance) * slope);
+}
 
 // ------------------------------------------------------------------------------------ one pixel
 
@@ -94,6 +114,9 @@ SPD_HD static inline Rgb adjust_hue(Rgb p, float sixths) {
     return {min2(max2(r, low), high), min2(max2(g, low), high), min2(max2(b, low), high)};
 }
 
+// 8-bit output, rounded to nearest.
+SPD_HD static inline uint8_t to_uint8(float v) { return uint8_t(int(clamp01(v) * 255 + 0.5f)); }
+
 // Which adjustment stands at place `step` of jitter order 0..23, the permutations of {0 brightness,
 // 1 contrast, 2 saturation, 3 hue} in lexicographic order.
 SPD_HD static inline int jitter_op(int order, int step) {
@@ -116,6 +139,7 @@ SPD_HD static inline float gaussian_tap(int k, float sigma) {
 
 // The odd kernel nearest a tenth of the height: 23 taps at 224.
 SPD_HD static inline int blur_radius(int height) { return height / 20; }
+constexpr float negligible_tap = 1e-6f;
 SPD_HD static inline int alpha_radius(float sigma) { return int(ceilf(4 * sigma)); }
 
 }  // namespace spd

@@ -32,7 +32,7 @@ namespace spd {
 struct Kernels {
     const char* name;
     bool supported;
-    void (*augment_image)(const AugmentArgs&, int64_t);
+    bool (*augment_image)(const AugmentArgs&, int64_t);
     void (*mahalanobis)(const MahalanobisArgs&, int64_t, int64_t);
     void (*gaussian_update)(const GaussianUpdateArgs&, int64_t, int64_t);
     int64_t (*gaussian_factor)(const GaussianFactorArgs&, int64_t, int64_t);
@@ -109,8 +109,12 @@ static void parallel_for(int64_t items, int64_t grain, int threads, const Body& 
 
 // ---------------------------------------------------------------------------------------- checks
 
+static void require(bool condition, const char* message) {  // makes a string only to complain
+    if (!condition) throw py::value_error(std::string("spd_fast._C: ") + message);
+}
+
 static void require(bool condition, const std::string& message) {
-    if (!condition) throw py::value_error("spd_fast._C: " + message);
+    require(condition, message.c_str());
 }
 
 template <class T>
@@ -146,11 +150,12 @@ static bool is_inside(float start, float length, int64_t room) {
 
 // Only what memory safety needs; Python's check has already explained everything else.
 static void require_safe_rows(const AugmentArgs& args) {
+    std::vector<bool> done(args.views);
     for (int64_t n = 0; n < args.images; ++n) {
         const ViewParams* rows = args.params + n * args.views;
         const int64_t* at = args.layout + 4 * n;
         int made = 0;
-        std::vector<bool> done(args.views);
+        done.assign(args.views, false);
         for (bool progress = true; progress;) {
             progress = false;
             for (int v = 0; v < args.views; ++v) {
@@ -173,8 +178,8 @@ static void require_safe_rows(const AugmentArgs& args) {
             require(p.jitter_order >= 0 && p.jitter_order < 24 && p.patch_jitter_order >= 0 &&
                         p.patch_jitter_order < 24,
                     "a jitter order is out of range");
-            require(p.alpha_sigma_y >= 0 && p.alpha_sigma_y < 1e4f && p.alpha_sigma_x >= 0 &&
-                        p.alpha_sigma_x < 1e4f,
+            require(p.patch_kind == 0 || (p.alpha_sigma_y >= 0 && p.alpha_sigma_y <= 1e4f &&
+                                          p.alpha_sigma_x >= 0 && p.alpha_sigma_x <= 1e4f),
                     "an alpha sigma is out of range");
             require(p.patch_kind == 0 || (is_inside(p.patch_top, p.patch_height, args.height) &&
                                           is_inside(p.patch_left, p.patch_width, args.width) &&
@@ -207,8 +212,9 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
     args.images = out.shape(1);
     args.height = int(out.shape(3));
     args.width = int(out.shape(4));
-    require(out.shape(2) == 3 && args.height > 0 && args.width > 0,
-            "out must be (V, N, 3, H, W) with H, W > 0");
+    require(out.shape(2) == 3 && args.height > 0 && args.width > 0 && out.shape(3) < 1 << 24 &&
+                out.shape(4) < 1 << 24,
+            "out must be (V, N, 3, H, W) with 0 < H, W < 2^24");
     args.layout = data_of<int64_t>(layout, "layout", {args.images, 4});
     args.params = reinterpret_cast<const ViewParams*>(
         data_of<float>(params, "params", {args.images, args.views, view_columns}));
@@ -232,10 +238,15 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
         args.scale[c] = 1 / std[c];
         args.shift[c] = -mean[c] / std[c];
     }
-    py::gil_scoped_release release;
-    parallel_for(args.images, 1, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) kernels->augment_image(args, n);
-    });
+    std::atomic<bool> out_of_memory{false};
+    {
+        py::gil_scoped_release release;
+        parallel_for(args.images, 1, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t n = begin; n < end; ++n)
+                if (!kernels->augment_image(args, n)) out_of_memory = true;
+        });
+    }
+    if (out_of_memory) throw std::bad_alloc();  // MemoryError in Python
 }
 
 // ------------------------------------------------------------------------------- random numbers

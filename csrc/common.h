@@ -96,16 +96,16 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { free(memory_); }
 
-    // Room for `floats` floats, 64-byte aligned; invalidates what an earlier call returned.
+    // Room for `floats` floats, 64-byte aligned; invalidates what an earlier call returned. Null if
+    // there is no memory: inside a parallel region nothing can be thrown.
     Pieces reserve(size_t floats) {
         const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
         if (bytes > size_) {
             free(memory_);
             memory_ = static_cast<float*>(aligned_alloc(64, bytes));
             size_ = memory_ ? bytes : 0;
-            if (!memory_) abort();  // inside a parallel region nothing can be thrown
         }
-        return {memory_, memory_ + bytes / sizeof(float)};
+        return {memory_, memory_ ? memory_ + bytes / sizeof(float) : nullptr};
     }
 
   private:

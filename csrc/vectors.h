@@ -142,8 +142,8 @@ static inline Floats lookup2(Floats a, Floats, Ints) { return a; }
 
 // ----------------------------------------------------------------------------------------- output
 
-// Writes a whole vector, aligned to its size; `streamed` past the caches, to be followed by
-// `streams_are_done` before another thread reads it.
+// Writes a whole vector; `streamed` past the caches, to where it is aligned to its size, and
+// followed by `streams_are_done` before another thread reads it.
 template <bool streamed>
 static inline void put(float* p, Floats v) {
 #if defined(__AVX512F__)
@@ -157,7 +157,8 @@ static inline void put(float* p, Floats v) {
 }
 
 // As half precision, rounded to nearest even; only where the processor has an instruction for it.
-#ifdef __F16C__
+#if defined(__F16C__) && defined(__AVX2__)
+#define SPD_HAS_PUT_HALF
 template <bool streamed>
 static inline void put_half(uint16_t* p, Floats v) {
 #if defined(__AVX512F__)

@@ -7,7 +7,6 @@
 namespace spd {
 namespace {  // internal linkage: see common.h
 
-constexpr float negligible_tap = 1e-6f;
 constexpr int band = 4;  // rows that are blurred together
 
 // Weights of taps 0..radius, normalised over the whole kernel.
@@ -51,7 +50,9 @@ void pair_taps(PairTaps* pairs, const float* taps, int radius) {
 }
 
 // Four blurred rows d, d + stride, ... from the rows s[0] .. s[2 * radius + 3]. What is loaded
-// serves four rows; going by pairs of source rows halves the multiplications.
+// serves four rows; going by pairs of source rows halves the multiplications. A weight of zero is
+// the difference of two equal ones, so even rows that only serve outputs past the end must be
+// finite.
 void blur_band(float* d, ptrdiff_t stride, const float* const* s, int n, const PairTaps* pairs,
                int radius) {
     const int last = 2 * radius + band - 1;

@@ -10,8 +10,8 @@ namespace {  // internal linkage: see common.h
 
 // A view in the making is row-planar: channel c of row y begins at data + y * row + c * pitch. So a
 // row's three channels lie together in cache, operations that treat channels alike run over
-// 3 * pitch floats at once, and vertical taps are whole rows. row == 0 lets all rows share one
-// place, for views that nobody reads again. Pads hold finite numbers.
+// 3 * pitch floats at once, and vertical taps are whole rows. Pads are zero up to contrast, for the
+// mean; later they may hold anything.
 struct Plane {
     float* data;
     int height, width, pitch;
@@ -31,26 +31,20 @@ struct Taps {
     float* weights;  // (out, taps)
 };
 
-int most_taps(int in, int out) {
-    const double support = max2(1.0, double(in) / out);
-    return in == out ? 1 : min2(in, int(ceil(2 * support)));
-}
-
-// A triangle as wide as the scale. The weights of an output sum to `gain`.
+// The weights of an output sum to `gain`.
 Taps resize_taps(int in, int out, bool flip, float gain, Pieces& pieces) {
     const double scale = double(in) / out, support = max2(1.0, scale);
-    const float slope = float(1 / support);
     Taps t{most_taps(in, out), reinterpret_cast<int*>(pieces.take(out)), nullptr};
     t.weights = pieces.take(size_t(out) * t.taps);
     for (int i = 0; i < out; ++i) {
         const double centre = scale * (i + 0.5);
-        const int first = min2(max2(int(centre - support + 0.5), 0), in - t.taps);
+        const int first = first_tap(centre, support, in, t.taps);
         const int place = flip ? out - 1 - i : i;
         float* w = t.weights + size_t(place) * t.taps;
-        const float offset = float(first + 0.5 - centre);
+        const float offset = float(first + 0.5 - centre), slope = float(1 / support);
         float sum = 0;
         for (int k = 0; k < t.taps; ++k) {
-            w[k] = max2(0.f, 1 - fabsf(k + offset) * slope);
+            w[k] = triangle(k + offset, slope);
             sum += w[k];
         }
         const float normalise = gain / sum;
@@ -238,7 +232,9 @@ class Resize {
     }
 
   private:
-    // Lookups read on past the end of a channel; it does not matter what.
+    // Lookups read on past the end of a channel; it does not matter what. Past the last row of a
+    // view lie the tables, which are taken from the same block of memory as the planes, and after
+    // them.
     size_t line_floats() const { return 3 * size_t(pitch_) + 2 * lanes; }
 
     // Row r of the box, planar. An image's are converted when they are first needed and kept as

@@ -28,7 +28,7 @@ struct Half {
 template <bool streamed>
 void convert(Half* __restrict d, const float* __restrict s, int n, Normalise m) {
     int i = 0;
-#ifdef __F16C__
+#ifdef SPD_HAS_PUT_HALF
     for (; i + lanes <= n; i += lanes)
         put_half<streamed>(&d[i].bits, load(s + i) * m.scale + m.shift);
 #endif
@@ -47,7 +47,7 @@ void convert(BFloat* __restrict d, const float* __restrict s, int n, Normalise m
 // 8-bit output is not normalised.
 template <bool streamed>
 void convert(uint8_t* __restrict d, const float* __restrict s, int n, Normalise) {
-    for (int i = 0; i < n; ++i) d[i] = uint8_t(int(clamp01(s[i]) * 255 + 0.5f));
+    for (int i = 0; i < n; ++i) d[i] = to_uint8(s[i]);
 }
 
 template <class T>
@@ -61,7 +61,7 @@ void put_as(float* d, Floats v) {
     put<streamed>(d, v);
 }
 
-#ifdef __F16C__
+#ifdef SPD_HAS_PUT_HALF
 template <bool streamed>
 void put_as(Half* d, Floats v) {
     put_half<streamed>(&d->bits, v);
@@ -97,7 +97,7 @@ template <class T>
 constexpr bool can_interleave = false;
 template <>
 constexpr bool can_interleave<float> = has_lookup;
-#ifdef __F16C__
+#ifdef SPD_HAS_PUT_HALF
 template <>
 constexpr bool can_interleave<Half> = has_lookup;
 #endif
@@ -113,9 +113,10 @@ class Store {
         planar_ = stride[4] == 1;
         interleaved_ = stride[4] == 3 && stride[2] == 1;
         const int64_t bytes = args.dtype == DType::float32 ? 4 : 2;
-        const int64_t places = (reinterpret_cast<uintptr_t>(args.out) / bytes) | stride[0] |
-                               stride[1] | stride[3] | (planar_ ? stride[2] : 0) | args.width;
-        streamed_ = places % lanes == 0 && (planar_ || interleaved_) &&
+        const int64_t steps =
+            stride[0] | stride[1] | stride[3] | (planar_ ? stride[2] : 0) | args.width;
+        streamed_ = reinterpret_cast<uintptr_t>(args.out) % (bytes * lanes) == 0 &&
+                    steps % lanes == 0 && (planar_ || interleaved_) &&
                     (args.dtype == DType::float32 || args.dtype == DType::float16);
     }
 

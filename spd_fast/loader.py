@@ -60,6 +60,9 @@ class ViewLoader:
     set (by index, cyclically) that can, with that sample's label and views, and noted in
     `bad_images`.
 
+    A batch's memory is used again once nothing refers to the batch; for that the loader keeps the
+    memory of up to AHEAD + 1 batches.
+
     Args:
         data: an ImageFolder, or the directories to make one of.
         recipe: the views to make, from `spd_fast.recipes`.
@@ -183,7 +186,9 @@ class ViewLoader:
         """
         if self.device.type == "cuda":
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        kept = self._unused.pop() if self._unused else empty_on_huge_pages(size)
+        kept = self._unused.pop() if self._unused else None
+        if kept is None or kept.numel() != size:
+            kept = empty_on_huge_pages(size)
         array = kept.numpy()  # dies with the last tensor made from it
         weakref.finalize(array, self._unused.append, kept).atexit = False
         return torch.from_numpy(array)

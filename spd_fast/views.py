@@ -103,7 +103,7 @@ def sample_view_params(
         InputError: sizes, indices, epoch, seed or size are out of range.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
-    indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+    indices = np.ascontiguousarray(indices, dtype=np.int64).reshape(-1)
     height, width = view_size(size)
     if sizes.size == 0:
         sizes = sizes.reshape(0, 2)
@@ -117,7 +117,7 @@ def sample_view_params(
         raise InputError(f"seed {seed}, epoch {epoch} and indices must be in 0..2^63 - 1")
     views = np.arange(len(recipe))
     draws = _uniform(seed, epoch, indices, views)
-    rows = _sample_rows(_ranges(recipe), sizes, draws, height, width)
+    rows = _sample_rows(_ranges(tuple(recipe)), sizes, draws, height, width)
     return torch.from_numpy(rows.astype(np.float32))
 
 

@@ -96,15 +96,18 @@ def test_crops_of_every_width():
             assert (native - exact).abs().max() < 2e-6, (flip, width)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("size", [64, 72, 97])
-def test_rows_need_not_begin_at_a_vector(dtype, size):
-    images, params, _ = view_case("spd from the image")
+def test_rows_need_not_begin_at_a_vector(dtype, size, channels_last):
+    images = noise_images([(50, 60)])
     params = sample_view_params(recipes.simsiam(), [(50, 60)], [0], 0, 3, size=size)
     expected = augment_views(images, params, size, dtype=dtype)
+    shape = (4, 1, size, size, 3) if channels_last else expected.shape
     memory = torch.full((expected.numel() + 64,), 7, dtype=dtype)
-    for offset in (1, 4, 8, 16, 33):
-        out = memory[offset : offset + expected.numel()].view(expected.shape)
+    for offset in (0, 1, 4, 8, 16, 33):
+        out = memory[offset : offset + expected.numel()].view(shape)
+        out = out.permute(0, 1, 4, 2, 3) if channels_last else out
         augment_views(images, params, out=out)
         assert torch.equal(out, expected)
         assert (memory[:offset] == 7).all() and (memory[offset + expected.numel() :] == 7).all()
@@ -224,6 +227,14 @@ def test_schema_fake_and_compile():
     assert torch.equal(out, augment_views(images, params, size, **IDENTITY))
 
 
+def unaligned(shape) -> torch.Tensor:
+    memory = bytearray(4 * int(np.prod(shape)) + 66)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64 + 2
+    return torch.frombuffer(memory, dtype=torch.float32, offset=start, count=np.prod(shape)).view(
+        shape
+    )
+
+
 def broken(column=None, value=None, **changes):
     images, params, size = view_case("ragged")
     arguments = dict(images=images, params=params, size=size) | changes
@@ -266,6 +277,8 @@ def broken(column=None, value=None, **changes):
         (broken("jitter_order", 24), r"jitter_order must be 0..23"),
         (broken("brightness", -0.1), "brightness must not be negative"),
         (broken("hue", float("nan")), "NaN or infinity"),
+        (broken(out=unaligned((4, 3, 3, 64, 64))), "multiple of its elements' size"),
+        (broken("alpha_sigma_x", 2e4), "alpha_sigma_x must be at most 10000"),
         (broken("patch_kind", 3), "patch_kind must be one of"),
         (broken("patch_kind", 1), "patch or its target is outside the view"),
         (broken(backend="fast"), "no backend 'fast'; there are: auto, native, reference"),

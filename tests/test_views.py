@@ -22,6 +22,11 @@ def test_a_row_depends_on_seed_epoch_index_and_view_alone():
     order = np.random.default_rng(0).permutation(20)
     shuffled = sample_view_params(recipe, [sizes[i] for i in order], order, epoch=2, seed=5)
     assert torch.equal(shuffled, whole[order])
+    part = np.arange(20)[1::4]
+    assert torch.equal(
+        sample_view_params(list(recipe), [sizes[i] for i in part], part, epoch=2, seed=5),
+        whole[part],
+    )
     alone = sample_view_params(recipe, [sizes[7]], [7], epoch=2, seed=5)
     assert torch.equal(alone[0], whole[7])
     no_spd = sample_view_params(recipes.simsiam(spd=False), sizes, range(20), epoch=2, seed=5)

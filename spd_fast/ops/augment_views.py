@@ -22,6 +22,7 @@ from spd_fast.views import COLUMNS, INTEGER_COLUMNS, PATCH_KINDS, view_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_ALPHA_SIGMA = 1e4  # pixels; the kernel has 4 sigma taps on either side
 MAX_SIDE = 1 << 24  # whole numbers are exact in the float32 table up to here
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
@@ -197,6 +198,10 @@ def check(
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {out.dtype}")
     if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride())):
         raise InputError("out must not be an expanded tensor: its elements share memory")
+    if max(out.shape[3:]) >= MAX_SIDE:
+        raise InputError(f"a view's sides must be below {MAX_SIDE} pixels, got {tuple(out.shape)}")
+    if out.device.type == "cpu" and out.data_ptr() % out.itemsize:
+        raise InputError("out must begin at a multiple of its elements' size in memory")
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))):
         raise InputError(f"mean and std need 3 finite values, got {mean} and {std}")
     if not all(s > 0 for s in std):
@@ -230,6 +235,7 @@ _PATCH = _columns("patch_top", "patch_left", "patch_height", "patch_width")
 _TARGET = _columns("target_top", "target_left", "patch_height", "patch_width")
 _ORDERS = _columns("jitter_order", "patch_jitter_order")
 _NOT_NEGATIVE = _columns("blur_sigma", "alpha_sigma_y", "alpha_sigma_x", "brightness", "contrast")
+_ALPHA_SIGMAS = _columns("alpha_sigma_y", "alpha_sigma_x")
 _INTEGERS = _columns(*INTEGER_COLUMNS)
 _SOURCE, _KIND = _columns("source", "patch_kind")
 
@@ -264,6 +270,8 @@ def _check_rows(layout: np.ndarray, params: np.ndarray, height: int, width: int)
     kinds = list(PATCH_KINDS.values())
     refuse((kind < min(kinds)) | (kind > max(kinds)), f"patch_kind must be one of {kinds}")
     if kind.any():
+        sigmas = params[..., _ALPHA_SIGMAS]
+        refuse(sigmas > MAX_ALPHA_SIGMA, f"must be at most {MAX_ALPHA_SIGMA:g}", _ALPHA_SIGMAS)
         box_outside = _outside(params[..., _PATCH], (height, width))
         box_outside |= _outside(params[..., _TARGET], (height, width))
         refuse((kind > 0) & box_outside, "the patch or its target is outside the view")
