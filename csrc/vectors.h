@@ -61,48 +61,49 @@ static inline void transpose(Pixel4* v) {
 
 // ------------------------------------------------------------------------------ bytes of pixels
 
-// One channel of `lanes` interleaved RGB pixels, as numbers 0..255. Reads up to 4 bytes past them.
-// A shuffle of bytes picks the channel and widens it in one go.
+// One channel of `lanes` interleaved RGB pixels, as numbers 0..255. What is read past them is at
+// most `read_past` pixels. Four pixels go to each 16 bytes of a register, then a shuffle of bytes
+// picks the channel and widens it in one go.
 #if defined(__SSE4_1__)
-constexpr int pixels_read = lanes + 2;
 struct Pixels {
 #if defined(__AVX512F__)
-    __m512i bytes;  // four pixels to a quarter
-    explicit Pixels(const uint8_t* p) : bytes(_mm512_castsi128_si512(quarter(p))) {
-        bytes = _mm512_inserti32x4(bytes, quarter(p + 12), 1);
-        bytes = _mm512_inserti32x4(bytes, quarter(p + 24), 2);
-        bytes = _mm512_inserti32x4(bytes, quarter(p + 36), 3);
-    }
+    static constexpr int read_past = 6;
+    __m512i bytes;
+    explicit Pixels(const uint8_t* p)
+        : bytes(_mm512_permutexvar_epi32(
+              _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12),
+              _mm512_loadu_si512(p))) {}
     Floats channel(int c) const {
         const __m512i widened = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(places(c)));
         return (Floats)_mm512_cvtepi32_ps(widened);
     }
 #elif defined(__AVX2__)
-    __m256i bytes;  // four pixels to a half
+    static constexpr int read_past = 3;
+    __m256i bytes;
     explicit Pixels(const uint8_t* p)
-        : bytes(_mm256_inserti128_si256(_mm256_castsi128_si256(quarter(p)), quarter(p + 12), 1)) {}
+        : bytes(_mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                            _mm256_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6))) {}
     Floats channel(int c) const {
         const __m256i widened = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(places(c)));
         return (Floats)_mm256_cvtepi32_ps(widened);
     }
 #else
+    static constexpr int read_past = 2;
     __m128i bytes;
-    explicit Pixels(const uint8_t* p) : bytes(quarter(p)) {}
+    explicit Pixels(const uint8_t* p)
+        : bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) {}
     Floats channel(int c) const {
         return (Floats)_mm_cvtepi32_ps(_mm_shuffle_epi8(bytes, places(c)));
     }
 #endif
-    static __m128i quarter(const uint8_t* p) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    }
     static __m128i places(int c) {
         return _mm_setr_epi8(c, -1, -1, -1, c + 3, -1, -1, -1, c + 6, -1, -1, -1, c + 9, -1, -1,
                              -1);
     }
 };
 #else
-constexpr int pixels_read = lanes;
 struct Pixels {
+    static constexpr int read_past = 0;
     const uint8_t* bytes;
     explicit Pixels(const uint8_t* p) : bytes(p) {}
     Floats channel(int c) const {

@@ -59,7 +59,7 @@ Taps resize_taps(int in, int out, bool flip, float gain, Pieces& pieces) {
 // Interleaved bytes to planar floats 0..255.
 void read_pixels(float* __restrict d, ptrdiff_t pitch, const uint8_t* s, int n) {
     int x = 0;
-    for (; x + pixels_read <= n; x += lanes) {
+    for (; x + lanes + Pixels::read_past <= n; x += lanes) {
         const Pixels pixels(s + 3 * x);
         for (int c = 0; c < 3; ++c) store(d + c * pitch + x, pixels.channel(c));
     }

@@ -33,7 +33,7 @@ from spd_fast.recipes import Recipe
 from spd_fast.views import sample_view_params
 
 AHEAD = 2  # batches in the making while the consumer has one
-CHUNK = 8  # images per task: few enough to spread, enough to make the calls' cost small
+CHUNK = 16  # images per task: few enough to spread, enough to make the cost of the calls small
 BACKENDS = ("auto", "torch")
 
 
