@@ -49,7 +49,7 @@ Plane make_view(int v, const ViewParams& p, const Source& source, const Plane& p
     double sum = 0;
     for (int y = 0; y < height; ++y) {
         float* row = one_pass && !keep ? line : plane.at(y);
-        resize.make_row(row, pitch, y);
+        resize.make_row(row, y);
         adjust_row(row, pitch, colors.list, middle);
         if (has_contrast) sum += gray_sum(row, pitch);
         if (one_pass) out.row(v, y, row, pitch);

@@ -25,6 +25,9 @@ struct ViewParams {
 constexpr int view_columns = 27;
 static_assert(sizeof(ViewParams) == view_columns * sizeof(float), "one float per column");
 
+constexpr int most_side = 1 << 24;        // pixels of an image or a view, see above
+constexpr float most_alpha_sigma = 1e4f;  // pixels; its kernel has 4 sigma taps on either side
+
 enum PatchKind { no_patch = 0, smooth_blend = 1, cut_paste = 2 };
 
 struct AugmentArgs {

@@ -143,51 +143,84 @@ static void element_strides(const py::array& a, int64_t* stride) {
 
 static bool is_whole(float v) { return v == std::floor(v); }
 
-static bool is_inside(float start, float length, int64_t room) {
+static bool is_inside(float start, float length, float room) {
     return is_whole(start) && is_whole(length) && start >= 0 && length >= 1 &&
-           start + length <= float(room);
+           start + length <= room;
 }
 
-// Only what memory safety needs; Python's check has already explained everything else.
-static void require_safe_rows(const AugmentArgs& args) {
-    std::vector<bool> done(args.views);
+static bool is_whole_up_to(float value, float most) {
+    return is_whole(value) && value >= 0 && value <= most;
+}
+
+static bool is_valid(const ViewParams& p, float source_height, float source_width, float height,
+                     float width) {
+    const float* number = &p.source;
+    for (int i = 0; i < view_columns; ++i)
+        if (!std::isfinite(number[i])) return false;
+    const bool boxes =
+        is_inside(p.crop_top, p.crop_height, source_height) &&
+        is_inside(p.crop_left, p.crop_width, source_width) &&
+        (p.patch_kind == no_patch || (is_inside(p.patch_top, p.patch_height, height) &&
+                                      is_inside(p.patch_left, p.patch_width, width) &&
+                                      is_inside(p.target_top, p.patch_height, height) &&
+                                      is_inside(p.target_left, p.patch_width, width)));
+    return boxes && is_whole(p.flip) && is_whole(p.grayscale) && is_whole(p.patch_top) &&
+           is_whole(p.patch_left) && is_whole(p.patch_height) && is_whole(p.patch_width) &&
+           is_whole(p.target_top) && is_whole(p.target_left) &&
+           is_whole_up_to(p.jitter_order, 23) && is_whole_up_to(p.patch_jitter_order, 23) &&
+           is_whole_up_to(p.patch_kind, cut_paste) && p.brightness >= 0 && p.contrast >= 0 &&
+           p.blur_sigma >= 0 && p.alpha_sigma_y >= 0 && p.alpha_sigma_x >= 0 &&
+           (p.patch_kind == no_patch ||
+            (p.alpha_sigma_y <= most_alpha_sigma && p.alpha_sigma_x <= most_alpha_sigma));
+}
+
+// Whether all views can be made, in some order. What is wrong is for Python to explain.
+static bool are_valid(const AugmentArgs& args, const std::vector<int64_t>& buffer_sizes) {
+    std::vector<bool> made(args.views);
     for (int64_t n = 0; n < args.images; ++n) {
-        const ViewParams* rows = args.params + n * args.views;
         const int64_t* at = args.layout + 4 * n;
-        int made = 0;
-        done.assign(args.views, false);
+        const int64_t buffer = at[0], offset = at[1], height = at[2], width = at[3];
+        if (buffer < 0 || buffer >= int64_t(buffer_sizes.size()) || offset < 0 || height < 1 ||
+            width < 1 || height >= most_side || width >= most_side ||
+            offset > buffer_sizes[buffer] || height * width * 3 > buffer_sizes[buffer] - offset)
+            return false;
+        const ViewParams* rows = args.params + n * args.views;
+        for (int v = 0; v < args.views; ++v) {
+            const float source = rows[v].source;
+            if (!(is_whole(source) && source >= -1 && source < args.views)) return false;
+            const bool from_image = source < 0;
+            if (!is_valid(rows[v], from_image ? height : args.height,
+                          from_image ? width : args.width, args.height, args.width))
+                return false;
+        }
+        made.assign(args.views, false);
+        int left = args.views;
         for (bool progress = true; progress;) {
             progress = false;
             for (int v = 0; v < args.views; ++v) {
-                const float source = rows[v].source;
-                require(source >= -1 && source < args.views && is_whole(source),
-                        "a row's source is out of range");
-                if (done[v] || (source >= 0 && !done[int(source)])) continue;
-                done[v] = progress = true;
-                ++made;
+                const int source = int(rows[v].source);
+                if (made[v] || (source >= 0 && !made[source])) continue;
+                made[v] = progress = true;
+                --left;
             }
         }
-        require(made == args.views, "the sources of the views form a circle");
-        for (int v = 0; v < args.views; ++v) {
-            const ViewParams& p = rows[v];
-            const int64_t height = p.source < 0 ? at[2] : args.height;
-            const int64_t width = p.source < 0 ? at[3] : args.width;
-            require(is_inside(p.crop_top, p.crop_height, height) &&
-                        is_inside(p.crop_left, p.crop_width, width),
-                    "a crop box lies outside its source");
-            require(p.jitter_order >= 0 && p.jitter_order < 24 && p.patch_jitter_order >= 0 &&
-                        p.patch_jitter_order < 24,
-                    "a jitter order is out of range");
-            require(p.patch_kind == 0 || (p.alpha_sigma_y >= 0 && p.alpha_sigma_y <= 1e4f &&
-                                          p.alpha_sigma_x >= 0 && p.alpha_sigma_x <= 1e4f),
-                    "an alpha sigma is out of range");
-            require(p.patch_kind == 0 || (is_inside(p.patch_top, p.patch_height, args.height) &&
-                                          is_inside(p.patch_left, p.patch_width, args.width) &&
-                                          is_inside(p.target_top, p.patch_height, args.height) &&
-                                          is_inside(p.target_left, p.patch_width, args.width)),
-                    "a patch box lies outside its view");
-        }
+        if (left) return false;  // the sources of the views form a circle
     }
+    return true;
+}
+
+static bool views_are_valid(const std::vector<int64_t>& buffer_sizes, const py::array& layout,
+                            const py::array& params, int height, int width) {
+    require(params.ndim() == 3, "params must be 3-D");
+    AugmentArgs args{};
+    args.images = params.shape(0);
+    args.views = int(params.shape(1));
+    args.height = height;
+    args.width = width;
+    args.layout = data_of<int64_t>(layout, "layout", {args.images, 4});
+    args.params = reinterpret_cast<const ViewParams*>(
+        data_of<float>(params, "params", {args.images, args.views, view_columns}));
+    return are_valid(args, buffer_sizes);
 }
 
 static DType set_output(const py::array& out, const std::string& dtype) {
@@ -212,25 +245,20 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
     args.images = out.shape(1);
     args.height = int(out.shape(3));
     args.width = int(out.shape(4));
-    require(out.shape(2) == 3 && args.height > 0 && args.width > 0 && out.shape(3) < 1 << 24 &&
-                out.shape(4) < 1 << 24,
+    require(out.shape(2) == 3 && args.height > 0 && args.width > 0 && out.shape(3) < most_side &&
+                out.shape(4) < most_side,
             "out must be (V, N, 3, H, W) with 0 < H, W < 2^24");
     args.layout = data_of<int64_t>(layout, "layout", {args.images, 4});
     args.params = reinterpret_cast<const ViewParams*>(
         data_of<float>(params, "params", {args.images, args.views, view_columns}));
     std::vector<const uint8_t*> pixels;
-    for (const py::array& buffer : buffers)
+    std::vector<int64_t> sizes;
+    for (const py::array& buffer : buffers) {
         pixels.push_back(data_of<uint8_t>(buffer, "an image buffer", {buffer.size()}));
-    args.buffers = pixels.data();
-    for (int64_t n = 0; n < args.images; ++n) {
-        const int64_t* at = args.layout + 4 * n;
-        require(at[0] >= 0 && at[0] < int64_t(buffers.size()) && at[1] >= 0 && at[2] >= 1 &&
-                    at[3] >= 1 && at[2] < 1 << 24 && at[3] < 1 << 24 &&
-                    at[1] <= buffers[at[0]].size() &&
-                    at[2] * at[3] * 3 <= buffers[at[0]].size() - at[1],
-                "an image lies outside its buffer");
+        sizes.push_back(buffer.size());
     }
-    require_safe_rows(args);
+    args.buffers = pixels.data();
+    require(are_valid(args, sizes), "an image or a row of parameters is not valid");
     args.dtype = set_output(out, dtype);
     args.out = const_cast<void*>(out.data());
     element_strides(out, args.stride);
@@ -399,6 +427,7 @@ PYBIND11_MODULE(_C, m) {
     spd::kernels = spd::choose_kernels();
     m.doc() = "CPU kernels of spd_fast; call them through spd_fast.ops.";
     m.def("augment_views", &spd::augment_views);
+    m.def("views_are_valid", &spd::views_are_valid);
     m.def("advise_huge_pages", &spd::advise_huge_pages);
     m.def("philox_uniform", &spd::philox_uniform);
     m.def("mahalanobis_map", &spd::mahalanobis_map);

@@ -42,13 +42,40 @@ static inline float sum_of(Floats v) {
     return sum;
 }
 
-typedef float Pixel4 __attribute__((vector_size(16)));
+// ----------------------------------------------------------------------------- pixels of some rows
 
-// Rows to columns.
-static inline void transpose(Pixel4* v) {
-#ifdef __SSE2__
-    _MM_TRANSPOSE4_PS(*reinterpret_cast<__m128*>(v), *reinterpret_cast<__m128*>(v + 1),
-                      *reinterpret_cast<__m128*>(v + 2), *reinterpret_cast<__m128*>(v + 3));
+// A vector seen as quarters: four floats for each of `pixel_rows` rows.
+constexpr int pixel_rows = lanes / 4;
+
+static inline void store_quarter(float* p, const Floats& v, int quarter) {
+    memcpy(p, reinterpret_cast<const float*>(&v) + 4 * quarter, 16);
+}
+
+// Rows to columns, of every quarter.
+static inline void transpose_quarters(Floats* v) {
+#if defined(__AVX512F__)
+#define SPD_UNPACK(part, type, a, b) (__m512) _mm512_unpack##part((type)(a), (type)(b))
+    typedef __m512 Singles;
+    typedef __m512d Doubles;
+#elif defined(__AVX2__)
+#define SPD_UNPACK(part, type, a, b) (__m256) _mm256_unpack##part((type)(a), (type)(b))
+    typedef __m256 Singles;
+    typedef __m256d Doubles;
+#elif defined(__SSE2__)
+#define SPD_UNPACK(part, type, a, b) (__m128) _mm_unpack##part((type)(a), (type)(b))
+    typedef __m128 Singles;
+    typedef __m128d Doubles;
+#endif
+#ifdef SPD_UNPACK
+    const Singles a = SPD_UNPACK(lo_ps, Singles, v[0], v[1]),
+                  b = SPD_UNPACK(lo_ps, Singles, v[2], v[3]),
+                  c = SPD_UNPACK(hi_ps, Singles, v[0], v[1]),
+                  d = SPD_UNPACK(hi_ps, Singles, v[2], v[3]);
+    v[0] = (Floats)SPD_UNPACK(lo_pd, Doubles, a, b);
+    v[1] = (Floats)SPD_UNPACK(hi_pd, Doubles, a, b);
+    v[2] = (Floats)SPD_UNPACK(lo_pd, Doubles, c, d);
+    v[3] = (Floats)SPD_UNPACK(hi_pd, Doubles, c, d);
+#undef SPD_UNPACK
 #else
     for (int i = 0; i < 4; ++i)
         for (int j = 0; j < i; ++j) {
@@ -59,86 +86,73 @@ static inline void transpose(Pixel4* v) {
 #endif
 }
 
-// ------------------------------------------------------------------------------ bytes of pixels
-
-// One channel of `lanes` interleaved RGB pixels, as numbers 0..255. What is read past them is at
-// most `read_past` pixels. Four pixels go to each 16 bytes of a register, then a shuffle of bytes
-// picks the channel and widens it in one go.
-#if defined(__SSE4_1__)
-struct Pixels {
+// Four interleaved RGB pixels of each row, of which number(j) gives the jth as numbers 0..255 in
+// the first three places of the row's quarter. Reads `read_past` pixels more.
+struct FourPixels {
+#ifdef __SSE4_1__
+    static constexpr int read_past = 2;
+    static __m128i row(const uint8_t* p) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    }
+    static __m128i places(int j) {  // widens three bytes
+        const int at = 3 * j;
+        return _mm_setr_epi8(at, -1, -1, -1, at + 1, -1, -1, -1, at + 2, -1, -1, -1, -1, -1, -1,
+                             -1);
+    }
+#endif
 #if defined(__AVX512F__)
-    static constexpr int read_past = 6;
     __m512i bytes;
-    explicit Pixels(const uint8_t* p)
-        : bytes(_mm512_permutexvar_epi32(
-              _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12),
-              _mm512_loadu_si512(p))) {}
-    Floats channel(int c) const {
-        const __m512i widened = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(places(c)));
+    FourPixels(const uint8_t* const* s, int at)
+        : bytes(_mm512_inserti32x4(
+              _mm512_inserti32x4(
+                  _mm512_inserti32x4(_mm512_castsi128_si512(row(s[0] + at)), row(s[1] + at), 1),
+                  row(s[2] + at), 2),
+              row(s[3] + at), 3)) {}
+    Floats number(int j) const {
+        const __m512i widened = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(places(j)));
         return (Floats)_mm512_cvtepi32_ps(widened);
     }
 #elif defined(__AVX2__)
-    static constexpr int read_past = 3;
     __m256i bytes;
-    explicit Pixels(const uint8_t* p)
-        : bytes(_mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                                            _mm256_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6))) {}
-    Floats channel(int c) const {
-        const __m256i widened = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(places(c)));
+    FourPixels(const uint8_t* const* s, int at)
+        : bytes(
+              _mm256_inserti128_si256(_mm256_castsi128_si256(row(s[0] + at)), row(s[1] + at), 1)) {}
+    Floats number(int j) const {
+        const __m256i widened = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(places(j)));
         return (Floats)_mm256_cvtepi32_ps(widened);
     }
-#else
-    static constexpr int read_past = 2;
+#elif defined(__SSE4_1__)
     __m128i bytes;
-    explicit Pixels(const uint8_t* p)
-        : bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) {}
-    Floats channel(int c) const {
-        return (Floats)_mm_cvtepi32_ps(_mm_shuffle_epi8(bytes, places(c)));
+    FourPixels(const uint8_t* const* s, int at) : bytes(row(s[0] + at)) {}
+    Floats number(int j) const {
+        return (Floats)_mm_cvtepi32_ps(_mm_shuffle_epi8(bytes, places(j)));
     }
-#endif
-    static __m128i places(int c) {
-        return _mm_setr_epi8(c, -1, -1, -1, c + 3, -1, -1, -1, c + 6, -1, -1, -1, c + 9, -1, -1,
-                             -1);
-    }
-};
 #else
-struct Pixels {
     static constexpr int read_past = 0;
     const uint8_t* bytes;
-    explicit Pixels(const uint8_t* p) : bytes(p) {}
-    Floats channel(int c) const {
-        Floats v;
-        for (int i = 0; i < lanes; ++i) v[i] = bytes[3 * i + c];
-        return v;
+    FourPixels(const uint8_t* const* s, int at) : bytes(s[0] + at) {}
+    Floats number(int j) const {
+        return Floats{float(bytes[3 * j]), float(bytes[3 * j + 1]), float(bytes[3 * j + 2]), 0};
     }
-};
 #endif
+};
 
 // ------------------------------------------------------------------------ looking up in registers
 
-// lookup(a, i)[j] = a[i[j]], 0 <= i[j] < lanes; lookup2 looks in two vectors, 0 <= i[j] < 2 *
-// lanes.
+// lookup(a, i)[j] = a[i[j]], 0 <= i[j] < lanes
 #if defined(__AVX512F__)
 constexpr bool has_lookup = true;
 static inline Floats lookup(Floats a, Ints i) {
     return (Floats)_mm512_permutexvar_ps((__m512i)i, (__m512)a);
-}
-static inline Floats lookup2(Floats a, Floats b, Ints i) {
-    return (Floats)_mm512_permutex2var_ps((__m512)a, (__m512i)i, (__m512)b);
 }
 #elif defined(__AVX2__)
 constexpr bool has_lookup = true;
 static inline Floats lookup(Floats a, Ints i) {
     return (Floats)_mm256_permutevar8x32_ps((__m256)a, (__m256i)i);
 }
-static inline Floats lookup2(Floats a, Floats b, Ints i) {
-    const __m256 in_b = (__m256)(i << 28);  // bit 3, "beyond the first vector", as the sign
-    return (Floats)_mm256_blendv_ps((__m256)lookup(a, i), (__m256)lookup(b, i), in_b);
-}
 #else
 constexpr bool has_lookup = false;
 static inline Floats lookup(Floats a, Ints) { return a; }
-static inline Floats lookup2(Floats a, Floats, Ints) { return a; }
 #endif
 
 // ----------------------------------------------------------------------------------------- output

@@ -1,5 +1,5 @@
-// Crop, antialiased bilinear resize and flip of one view, row by row: first down the columns, then
-// along the row. Flipping only reverses the table of the second step.
+// Crop, antialiased bilinear resize and flip of one view, row by row. Flipping only reverses the
+// table of the step along the row.
 #pragma once
 
 #include "augment_views.h"
@@ -31,11 +31,11 @@ struct Taps {
     float* weights;  // (out, taps)
 };
 
-// The weights of an output sum to `gain`.
+// The weights of an output sum to `gain`. Outputs past the end, up to a whole row, weigh nothing.
 Taps resize_taps(int in, int out, bool flip, float gain, Pieces& pieces) {
     const double scale = double(in) / out, support = max2(1.0, scale);
-    Taps t{most_taps(in, out), reinterpret_cast<int*>(pieces.take(out)), nullptr};
-    t.weights = pieces.take(size_t(out) * t.taps);
+    Taps t{most_taps(in, out), reinterpret_cast<int*>(pieces.take(padded(out))), nullptr};
+    t.weights = pieces.take(size_t(padded(out)) * t.taps);
     for (int i = 0; i < out; ++i) {
         const double centre = scale * (i + 0.5);
         const int first = first_tap(centre, support, in, t.taps);
@@ -51,21 +51,14 @@ Taps resize_taps(int in, int out, bool flip, float gain, Pieces& pieces) {
         for (int k = 0; k < t.taps; ++k) w[k] *= normalise;
         t.first[place] = first;
     }
+    for (int place = out; place < padded(out); ++place) {
+        t.first[place] = t.first[out - 1];
+        for (int k = 0; k < t.taps; ++k) t.weights[size_t(place) * t.taps + k] = 0;
+    }
     return t;
 }
 
 // ------------------------------------------------------------------------------ down the columns
-
-// Interleaved bytes to planar floats 0..255.
-void read_pixels(float* __restrict d, ptrdiff_t pitch, const uint8_t* s, int n) {
-    int x = 0;
-    for (; x + lanes + Pixels::read_past <= n; x += lanes) {
-        const Pixels pixels(s + 3 * x);
-        for (int c = 0; c < 3; ++c) store(d + c * pitch + x, pixels.channel(c));
-    }
-    for (; x < n; ++x)
-        for (int c = 0; c < 3; ++c) d[c * pitch + x] = s[3 * x + c];
-}
 
 // d[i] = sum over k of w[k] * rows[k][i], or added to d
 template <int taps, bool add>
@@ -97,99 +90,109 @@ void weighted_rows(float* d, const float* const* rows, int n, const float* w, in
     if (k < taps) weighted_rows<1, true>(d, rows + k, n, w + k);
 }
 
-// --------------------------------------------------------------------------------- along the row
+// ------------------------------------------------------------------ along the row, pixel by pixel
+
+// A vector holds one pixel of each of `pixel_rows` rows. What an output needs is then found without
+// a lookup, however far it lies from what its neighbour needs, and one weight serves all of it.
+// There is no other way from the bytes of an image that is as short.
+
+// n pixels of rows s[0 .. pixel_rows - 1].
+void read_pixels(Floats* d, const uint8_t* const* s, int n) {
+    int x = 0;
+    for (; x + 4 + FourPixels::read_past <= n; x += 4) {
+        const FourPixels pixels(s, 3 * x);
+        for (int j = 0; j < 4; ++j) d[x + j] = pixels.number(j);
+    }
+    for (; x < n; ++x)
+        for (int r = 0; r < pixel_rows; ++r)
+            for (int c = 0; c < 3; ++c) d[x][4 * r + c] = s[r][3 * x + c];
+}
+
+// The same from the channels of one row, `pitch` apart; the other rows are not written.
+void interleave_pixels(Floats* d, const float* planar, int pitch, int n) {
+    for (int x = 0; x < n; ++x)
+        for (int c = 0; c < 3; ++c) d[x][c] = planar[c * pitch + x];
+}
+
+// Row r of the result is planar at d[r], its channels `pitch` apart.
+template <int fixed_taps = 0>
+void weighted_pixels(float* const* d, int rows, int pitch, const Floats* s, const Taps& t) {
+    const int taps = fixed_taps ? fixed_taps : t.taps;
+    const float* w = t.weights;
+    for (int x = 0; x < pitch; x += 4) {
+        Floats block[4];
+        for (int j = 0; j < 4; ++j, w += taps) {
+            const Floats* pixel = s + t.first[x + j];
+            Floats sum = pixel[0] * w[0];
+            for (int k = 1; k < taps; ++k) sum += pixel[k] * w[k];
+            block[j] = sum;
+        }
+        transpose_quarters(block);
+        for (int r = 0; r < rows; ++r)
+            for (int c = 0; c < 3; ++c) store_quarter(d[r] + c * pitch + x, block[c], r);
+    }
+}
+
+void weighted_pixels_by_taps(float* const* d, int rows, int pitch, const Floats* s, const Taps& t) {
+    switch (t.taps) {
+        case 1: return weighted_pixels<1>(d, rows, pitch, s, t);
+        case 2: return weighted_pixels<2>(d, rows, pitch, s, t);
+        case 3: return weighted_pixels<3>(d, rows, pitch, s, t);
+        case 4: return weighted_pixels<4>(d, rows, pitch, s, t);
+        case 5: return weighted_pixels<5>(d, rows, pitch, s, t);
+        default: return weighted_pixels(d, rows, pitch, s, t);
+    }
+}
+
+// ---------------------------------------------------------------------- along the row, by lookups
 
 // The taps of `lanes` outputs at a time: what lane j of block b needs lies at base[b] + index[b][j]
-// and the places after it.
+// and the places after it. A view is never made smaller from another, so the index fits a vector.
 struct TapBlocks {
-    int taps, blocks, span;  // largest index + 1
+    int taps, blocks;
     int* base;
     Ints* index;
-    Floats* weights;  // (blocks, taps); zero in the pad
+    Floats* weights;  // (blocks, taps)
 };
 
 TapBlocks block_taps(const Taps& t, int out, Pieces& pieces) {
     const int blocks = padded(out) / lanes;
-    TapBlocks b{t.taps,
-                blocks,
-                0,
-                reinterpret_cast<int*>(pieces.take(blocks)),
+    TapBlocks b{t.taps, blocks, reinterpret_cast<int*>(pieces.take(blocks)),
                 reinterpret_cast<Ints*>(pieces.take(size_t(blocks) * lanes)),
                 reinterpret_cast<Floats*>(pieces.take(size_t(blocks) * lanes * t.taps))};
     int* index = reinterpret_cast<int*>(b.index);
     float* weights = reinterpret_cast<float*>(b.weights);
     for (int i = 0; i < blocks; ++i) {
-        const int x0 = min2(i * lanes, out - 1), x1 = min2(i * lanes + lanes, out) - 1;
-        b.base[i] = min2(t.first[x0], t.first[max2(x0, x1)]);  // monotonic, either way
+        const int* first = t.first + i * lanes;
+        b.base[i] = min2(first[0], first[lanes - 1]);  // monotonic, either way
         for (int j = 0; j < lanes; ++j) {
-            const int x = min2(i * lanes + j, out - 1);
-            const bool pad = i * lanes + j >= out;
-            index[i * lanes + j] = t.first[x] - b.base[i];
-            b.span = max2(b.span, index[i * lanes + j] + 1);
+            index[i * lanes + j] = first[j] - b.base[i];
             for (int k = 0; k < t.taps; ++k)
-                weights[(i * t.taps + k) * lanes + j] = pad ? 0 : t.weights[size_t(x) * t.taps + k];
+                weights[(i * t.taps + k) * lanes + j] =
+                    t.weights[size_t(i * lanes + j) * t.taps + k];
         }
     }
     return b;
 }
 
-// How far apart the taps of `lanes` outputs lie: those of one tap, or of all, within a vector or
-// two.
-enum Reach { tap_in_one, all_in_two, tap_in_two };
-
-// By looking up all taps of `lanes` outputs in registers. Channels are `to` and `from` apart.
-template <Reach reach, int fixed_taps = 0>
+// By looking up a tap of `lanes` outputs in a register. Channels are `to` and `from` apart.
+template <int fixed_taps = 0>
 void weighted_lookups(float* d, ptrdiff_t to, const float* s, ptrdiff_t from, const TapBlocks& t) {
     const int taps = fixed_taps ? fixed_taps : t.taps;
     for (int b = 0; b < t.blocks; ++b) {
         const float* p = s + t.base[b];
-        const Ints index = t.index[b];
         const Floats* w = t.weights + b * taps;
         for (int c = 0; c < 3; ++c) {
-            const float* table = p + c * from;
-            const Floats low = load(table), high = load(table + lanes);
             Floats sum{};
-            for (int k = 0; k < taps; ++k) {
-                const Floats at = load(table + k);
-                if (reach == tap_in_one) sum += lookup(at, index) * w[k];
-                if (reach == all_in_two) sum += lookup2(low, high, index + k) * w[k];
-                if (reach == tap_in_two) sum += lookup2(at, load(table + k + lanes), index) * w[k];
-            }
+            for (int k = 0; k < taps; ++k) sum += lookup(load(p + c * from + k), t.index[b]) * w[k];
             store(d + c * to + b * lanes, sum);
         }
     }
 }
 
-// Three channels at once, where there is no looking up or an output's neighbours lie too far apart.
-// A pixel is a vector of four, the last unused.
-
-void interleave_pixels(Pixel4* d, const float* planar, int pitch, int n) {
-    for (int x = 0; x < n; x += 4) {
-        Pixel4 block[4] = {};
-        for (int c = 0; c < 3; ++c) memcpy(&block[c], planar + c * pitch + x, sizeof(Pixel4));
-        transpose(block);
-        for (int j = 0; j < 4; ++j) d[x + j] = block[j];
-    }
-}
-
-template <int fixed_taps = 0>
-void weighted_pixels(float* d, int pitch, const Pixel4* s, const Taps& t, int n) {
-    const int taps = fixed_taps ? fixed_taps : t.taps;
-    for (int x = 0; x < pitch; x += 4) {
-        Pixel4 block[4] = {};
-        for (int j = 0; j < 4 && x + j < n; ++j) {
-            const Pixel4* pixel = s + t.first[x + j];
-            const float* w = t.weights + size_t(x + j) * taps;
-            for (int k = 0; k < taps; ++k) block[j] += pixel[k] * w[k];
-        }
-        transpose(block);
-        for (int c = 0; c < 3; ++c) memcpy(d + c * pitch + x, &block[c], sizeof(Pixel4));
-    }
-}
-
 // ---------------------------------------------------------------------------------------- a view
 
-// Where a view's pixels come from: the decoded image if there is one, else another view.
+// Where a view comes from: the decoded image if there is one, else another view.
 struct Source {
     const uint8_t* image;  // interleaved RGB
     int image_width;
@@ -198,106 +201,100 @@ struct Source {
 
 int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
+// An image's rows are resized along the row first, each once, and kept as long as a later row of
+// the view may need them. A view's rows are planar already and as many as come out: down first.
 class Resize {
   public:
     Resize(const Source& source, const ViewParams& p, const Plane& to, Pieces& pieces)
         : source_(source),
           box_{int(p.crop_top), int(p.crop_left), int(p.crop_height), int(p.crop_width)},
-          width_(to.width),
-          pitch_(source.image ? padded(box_.width) + 2 * lanes : source.view.pitch),
+          pitch_(to.pitch),
           down_(resize_taps(box_.height, to.height, false, 1, pieces)),
           along_(
               resize_taps(box_.width, to.width, p.flip != 0, source.image ? 1 / 255.f : 1, pieces)),
-          line_(pieces.take(line_floats())),
-          pixels_(reinterpret_cast<Pixel4*>(pieces.take(4 * size_t(padded(box_.width))))),
           rows_(reinterpret_cast<const float**>(pieces.take(2 * down_.taps))),
-          ring_rows_(power_of_two(down_.taps)),
-          ring_(source.image ? pieces.take(ring_rows_ * line_floats()) : nullptr) {
+          ring_rows_(power_of_two(down_.taps + pixel_rows - 1)) {
+        if (source.image || !has_lookup)
+            pixels_ = reinterpret_cast<Floats*>(pieces.take(size_t(box_.width) * lanes));
+        if (source.image) {
+            ring_ = pieces.take(size_t(ring_rows_) * 3 * pitch_);
+            return;
+        }
+        line_ = pieces.take(3 * size_t(pitch_) + lanes);
         if (has_lookup) blocks_ = block_taps(along_, to.width, pieces);
-        by_lookup_ = has_lookup && blocks_.span <= 2 * lanes;
     }
 
-    // Row y to `d`, whose channels are `pitch` apart. Rows are made from the top down.
-    void make_row(float* d, int pitch, int y) {
-        for (int k = 0; k < down_.taps; ++k) rows_[k] = source_row(down_.first[y] + k);
+    // Row y to `d`, whose channels are a pitch apart. Rows are made from the top down.
+    void make_row(float* d, int y) {
+        const float* w = down_.weights + size_t(y) * down_.taps;
+        for (int k = 0; k < down_.taps; ++k)
+            rows_[k] = source_.image ? image_row(down_.first[y] + k)
+                                     : source_.view.at(box_.top + down_.first[y] + k) + box_.left;
+        if (source_.image) return weighted_rows(d, rows_, 3 * pitch_, w, down_.taps);
         const float* line = rows_[0];
         if (down_.taps > 1) {
-            weighted_rows(line_, rows_, 2 * pitch_ + box_.width,
-                          down_.weights + size_t(y) * down_.taps, down_.taps);
+            weighted_rows(line_, rows_, 2 * pitch_ + box_.width, w, down_.taps);
             line = line_;
         }
-        if (by_lookup_) return along_planar(d, pitch, line);
+        if (has_lookup) switch (blocks_.taps) {
+                case 1: return weighted_lookups<1>(d, pitch_, line, pitch_, blocks_);
+                default: return weighted_lookups<2>(d, pitch_, line, pitch_, blocks_);
+            }
         interleave_pixels(pixels_, line, pitch_, box_.width);
-        along_interleaved(d, pitch);
+        weighted_pixels_by_taps(&d, 1, pitch_, pixels_, along_);
     }
 
   private:
-    // Lookups read on past the end of a channel; it does not matter what. Past the last row of a
-    // view lie the tables, which are taken from the same block of memory as the planes, and after
-    // them.
-    size_t line_floats() const { return 3 * size_t(pitch_) + 2 * lanes; }
-
-    // Row r of the box, planar. An image's are converted when they are first needed and kept as
-    // long as a later row may need them.
-    const float* source_row(int r) {
-        if (!source_.image) return source_.view.at(box_.top + r) + box_.left;
-        for (; ready_ <= r; ++ready_) {
-            const ptrdiff_t pixel =
-                (box_.top + ready_) * ptrdiff_t(source_.image_width) + box_.left;
-            read_pixels(place(ready_), pitch_, source_.image + 3 * pixel, box_.width);
-        }
-        return place(r);
-    }
-
-    float* place(int r) const { return ring_ + (r & (ring_rows_ - 1)) * line_floats(); }
-
-    void along_planar(float* d, int pitch, const float* s) const {
-        const ptrdiff_t from = pitch_;
-        if (blocks_.span <= lanes) switch (blocks_.taps) {
-                case 1: return weighted_lookups<tap_in_one, 1>(d, pitch, s, from, blocks_);
-                case 2: return weighted_lookups<tap_in_one, 2>(d, pitch, s, from, blocks_);
-                default: return weighted_lookups<tap_in_one>(d, pitch, s, from, blocks_);
+    // Row r of the box, as wide as the view.
+    const float* image_row(int r) {
+        for (; ready_ <= r; ready_ += pixel_rows) {
+            const uint8_t* s[pixel_rows];
+            float* d[pixel_rows];
+            for (int i = 0; i < pixel_rows; ++i) {
+                s[i] = image_bytes(ready_ + i);
+                d[i] = ring_row(ready_ + i);
             }
-        if (blocks_.span + blocks_.taps - 1 > 2 * lanes)
-            return weighted_lookups<tap_in_two>(d, pitch, s, from, blocks_);
-        switch (blocks_.taps) {
-            case 3: return weighted_lookups<all_in_two, 3>(d, pitch, s, from, blocks_);
-            case 4: return weighted_lookups<all_in_two, 4>(d, pitch, s, from, blocks_);
-            default: return weighted_lookups<all_in_two>(d, pitch, s, from, blocks_);
+            read_pixels(pixels_, s, box_.width);
+            for (int i = 0; i < pixel_rows; ++i) prefetch_bytes(ready_ + pixel_rows + i);
+            weighted_pixels_by_taps(d, pixel_rows, pitch_, pixels_, along_);
         }
+        return ring_row(r);
     }
 
-    void along_interleaved(float* d, int pitch) const {
-        switch (along_.taps) {
-            case 2: return weighted_pixels<2>(d, pitch, pixels_, along_, width_);
-            case 3: return weighted_pixels<3>(d, pitch, pixels_, along_, width_);
-            case 4: return weighted_pixels<4>(d, pitch, pixels_, along_, width_);
-            default: return weighted_pixels(d, pitch, pixels_, along_, width_);
-        }
+    // The last row again, where a group of rows reaches past it.
+    const uint8_t* image_bytes(int r) const {
+        const ptrdiff_t y = box_.top + min2(r, box_.height - 1);
+        return source_.image + 3 * (y * source_.image_width + box_.left);
     }
+
+    // The image has rarely stayed in a near cache, and rows are too short for the processor to
+    // notice in time that they follow each other.
+    void prefetch_bytes(int r) const {
+        const uint8_t* s = image_bytes(r);
+        for (int i = 0; i < 3 * box_.width; i += 64) __builtin_prefetch(s + i);
+    }
+
+    float* ring_row(int r) const { return ring_ + (r & (ring_rows_ - 1)) * size_t(3 * pitch_); }
 
     Source source_;
     Box box_;
-    int width_, pitch_;
+    int pitch_;
     Taps down_, along_;
     TapBlocks blocks_{};
-    bool by_lookup_;
-    float* line_;
-    Pixel4* pixels_;
     const float** rows_;
     int ring_rows_;
-    float* ring_;
-    int ready_ = 0;
+    Floats* pixels_ = nullptr;
+    float *ring_ = nullptr, *line_ = nullptr;
+    int ready_ = 0;  // rows of the box
 };
 
 size_t resize_scratch(const ViewParams& p, int height, int width) {
     const int h = int(p.crop_height), w = int(p.crop_width);
     const size_t taps_y = most_taps(h, height), taps_x = most_taps(w, width);
-    const size_t tables = height * (taps_y + 1) + width * (taps_x + 1),
-                 blocks = padded(width) * (taps_x + 2);
-    const size_t line = 3 * size_t(padded(max2(w, width)) + 2 * lanes) + 2 * lanes;
-    return tables + blocks + (power_of_two(int(taps_y)) + 1) * line + 4 * padded(w) + 2 * taps_y +
-           11 * 16;
+    const size_t tables = padded(height) * (taps_y + 1) + padded(width) * (taps_x + 1) + 2 * taps_y,
+                 blocks = padded(width) * (taps_x + 2), pixels = size_t(w) * lanes;
+    const size_t rows = power_of_two(int(taps_y) + pixel_rows - 1) * 3 * size_t(padded(width));
+    return tables + blocks + pixels + rows + lanes + 11 * 16;
 }
 
 }  // namespace

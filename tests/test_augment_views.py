@@ -7,7 +7,8 @@ from peers import torchvision_views
 from torch.library import opcheck
 
 from spd_fast import InputError, augment_views, recipes, reference, sample_view_params, use_backend
-from spd_fast.ops.augment_views import _as_buffers
+from spd_fast.ops.augment_views import _as_buffers, explain
+from spd_fast.ops.backends import native
 from spd_fast.views import COLUMN
 
 IDENTITY = dict(mean=(0, 0, 0), std=(1, 1, 1))
@@ -59,10 +60,10 @@ def test_native_equals_reference(name, epoch):
     images, params, size = view_case(name, epoch)
     exact = reference.augment_views(images, params, size, dtype=torch.float64)
     single = reference.augment_views(images, params, size, dtype=torch.float32)
-    native = augment_views(images, params, size, **IDENTITY, backend="native")
-    assert native.shape == exact.shape
+    fast = augment_views(images, params, size, **IDENTITY, backend="native")
+    assert fast.shape == exact.shape
     allowed = 2 * (single - exact).abs().max().item() + 1e-5
-    assert (native - exact).abs().max().item() <= allowed < 1e-4
+    assert (fast - exact).abs().max().item() <= allowed < 1e-4
 
 
 @pytest.mark.parametrize("order", range(24))
@@ -70,8 +71,8 @@ def test_native_equals_reference_in_every_jitter_order(order):
     images, params, size = view_case("ragged")
     params = every_operation_on(params, order)
     exact = reference.augment_views(images, params, size, dtype=torch.float64)
-    native = augment_views(images, params, size, **IDENTITY, backend="native")
-    assert (native - exact).abs().max() < 1e-5
+    fast = augment_views(images, params, size, **IDENTITY, backend="native")
+    assert (fast - exact).abs().max() < 1e-5
 
 
 def test_views_may_be_made_from_any_other_view():
@@ -80,8 +81,8 @@ def test_views_may_be_made_from_any_other_view():
     params[:, :, COLUMN["crop_top"]] = params[:, :, COLUMN["crop_left"]] = 2
     params[:, :, COLUMN["crop_height"]] = params[:, :, COLUMN["crop_width"]] = 30
     exact = reference.augment_views(images, params, size, dtype=torch.float64)
-    native = augment_views(images, params, size, **IDENTITY, backend="native")
-    assert (native - exact).abs().max() < 1e-5
+    fast = augment_views(images, params, size, **IDENTITY, backend="native")
+    assert (fast - exact).abs().max() < 1e-5
 
 
 def test_crops_of_every_width():
@@ -92,8 +93,8 @@ def test_crops_of_every_width():
         for width in (*range(1, 100), 127, 160, 231, 300):
             params[0, 0, 1:6] = torch.tensor([3, 300 - width, 30, width, flip])
             exact = reference.augment_views([image], params, (40, 40), dtype=torch.float64)
-            native = augment_views([image], params, 40, **IDENTITY, backend="native")
-            assert (native - exact).abs().max() < 2e-6, (flip, width)
+            fast = augment_views([image], params, 40, **IDENTITY, backend="native")
+            assert (fast - exact).abs().max() < 2e-6, (flip, width)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -130,18 +131,18 @@ def test_identity_view_is_the_image():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_output_formats(dtype, channels_last):
     images, params, size = view_case("odd view")
-    native, plain = (
+    fast, plain = (
         augment_views(
             images, params, size, dtype=dtype, channels_last=channels_last, backend=backend
         )
         for backend in ("native", "reference")
     )
-    assert native.dtype == dtype and native.stride() == plain.stride()
-    assert native[0].is_contiguous(
+    assert fast.dtype == dtype and fast.stride() == plain.stride()
+    assert fast[0].is_contiguous(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
     step = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 4e-2, torch.uint8: 1}[dtype]
-    difference = (native.float() - plain.float()).abs()
+    difference = (fast.float() - plain.float()).abs()
     assert difference.max() <= step
     assert (difference > step / 4).float().mean() < 1e-3  # only where two roundings disagree
 
@@ -235,11 +236,11 @@ def unaligned(shape) -> torch.Tensor:
     )
 
 
-def broken(column=None, value=None, **changes):
+def broken(column=None, value=None, view=2, **changes):
     images, params, size = view_case("ragged")
     arguments = dict(images=images, params=params, size=size) | changes
     if column:
-        arguments["params"][1, 2, COLUMN[column]] = value
+        arguments["params"][1, view, COLUMN[column]] = value
     return arguments
 
 
@@ -278,7 +279,7 @@ def broken(column=None, value=None, **changes):
         (broken("brightness", -0.1), "brightness must not be negative"),
         (broken("hue", float("nan")), "NaN or infinity"),
         (broken(out=unaligned((4, 3, 3, 64, 64))), "multiple of its elements' size"),
-        (broken("alpha_sigma_x", 2e4), "alpha_sigma_x must be at most 10000"),
+        (broken("alpha_sigma_x", 2e4, view=3), "alpha_sigma_x must be at most 10000"),
         (broken("patch_kind", 3), "patch_kind must be one of"),
         (broken("patch_kind", 1), "patch or its target is outside the view"),
         (broken(backend="fast"), "no backend 'fast'; there are: auto, native, reference"),
@@ -287,6 +288,27 @@ def broken(column=None, value=None, **changes):
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(InputError, match=message):
         augment_views(**arguments)
+
+
+def test_the_fast_check_refuses_exactly_what_can_be_explained():
+    images, valid, size = view_case("ragged")
+    sizes = [image.numel() for image in images]
+    layout = np.array([[i, 0, *image.shape[:2]] for i, image in enumerate(images)])
+    values = [np.nan, np.inf, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 23, 24, 33, 64, 65, 80, 2e4]
+    rng, accepted = np.random.default_rng(0), 0
+    for _ in range(3000):
+        params, table = valid.numpy().copy(), layout.copy()
+        params[tuple(rng.integers(params.shape))] = rng.choice(values)
+        if rng.random() < 0.3:
+            table[tuple(rng.integers(table.shape))] = rng.choice([-1, 0, 1, 33, 82, 2**24, 2**62])
+        try:
+            explain(sizes, table, params, *size)
+            explained = False
+        except InputError:
+            explained = True
+        assert native.views_are_valid(sizes, table, params, *size) is not explained
+        accepted += not explained
+    assert 300 < accepted < 2700
 
 
 def test_a_named_backend_is_used_or_refused(monkeypatch):

@@ -219,7 +219,8 @@ def test_memory_is_used_again_once_nobody_holds_the_batch(folder):
     for _ in range(2):
         for batch in source:
             places.append(batch.views.data_ptr())
-    assert len(set(places)) <= AHEAD + 2 < len(places)
+    # a thread may let go of what it has filled a moment after it is taken
+    assert len(set(places)) <= AHEAD + 2 + source.workers < len(places)
     source.batch_size = 3
     assert next(iter(source)).views.shape[1] == 3
     assert torch.equal(held, before) and held.data_ptr() not in places

@@ -207,17 +207,29 @@ def check(
     if not all(s > 0 for s in std):
         raise InputError(f"std must be above 0, got {std}")
     if n and v:
-        _check_layout(buffers, layout.numpy())
-        _check_rows(layout.numpy(), params.numpy(), out.shape[3], out.shape[4])
+        sizes = [buffer.numel() for buffer in buffers]
+        tables = layout.contiguous().numpy(), params.contiguous().numpy()
+        height, width = out.shape[3:]
+        # For a few images, as a loader has them, numpy takes as long as making a view.
+        if native is None or not native.views_are_valid(sizes, *tables, height, width):
+            explain(sizes, *tables, height, width)
 
 
-def _check_layout(buffers: Sequence[Tensor], layout: np.ndarray) -> None:
+def explain(
+    sizes: Sequence[int], layout: np.ndarray, params: np.ndarray, height: int, width: int
+) -> None:
+    """Say what is wrong with the tables (N, 4) and (N, V, 27) for buffers of these sizes."""
+    _check_layout(sizes, layout)
+    _check_rows(layout, params, height, width)
+
+
+def _check_layout(sizes: Sequence[int], layout: np.ndarray) -> None:
     index, offset, height, width = layout.T
-    if (layout < 0).any() or (layout[:, 2:] < 1).any() or (index >= len(buffers)).any():
+    if (layout < 0).any() or (layout[:, 2:] < 1).any() or (index >= len(sizes)).any():
         raise InputError("every image needs an offset of at least 0 and at least 1 x 1 pixels")
     if (layout[:, 2:] >= MAX_SIDE).any():
         raise InputError(f"an image's sides must be below {MAX_SIDE} pixels")
-    room = np.array([b.numel() for b in buffers])[index]
+    room = np.array(sizes)[index]
     # Written so that no product or sum can overflow, whatever the offset.
     beyond = ((offset > room) | (height * width * 3 > room - offset)).nonzero()[0]
     if len(beyond):
@@ -241,11 +253,7 @@ _SOURCE, _KIND = _columns("source", "patch_kind")
 
 
 def _check_rows(layout: np.ndarray, params: np.ndarray, height: int, width: int) -> None:
-    """Every box inside its image or view, every choice in range, no circle of sources.
-
-    On numpy arrays and many columns at once: called for a few images, as a loader does, this must
-    not take longer than making their views.
-    """
+    """Every box inside its image or view, every choice in range, no circle of sources."""
     if not np.isfinite(params).all():
         raise InputError("params hold NaN or infinity")
     views = params.shape[1]
@@ -271,7 +279,8 @@ def _check_rows(layout: np.ndarray, params: np.ndarray, height: int, width: int)
     refuse((kind < min(kinds)) | (kind > max(kinds)), f"patch_kind must be one of {kinds}")
     if kind.any():
         sigmas = params[..., _ALPHA_SIGMAS]
-        refuse(sigmas > MAX_ALPHA_SIGMA, f"must be at most {MAX_ALPHA_SIGMA:g}", _ALPHA_SIGMAS)
+        too_wide = (kind > 0)[..., None] & (sigmas > MAX_ALPHA_SIGMA)
+        refuse(too_wide, f"must be at most {MAX_ALPHA_SIGMA:g}", _ALPHA_SIGMAS)
         box_outside = _outside(params[..., _PATCH], (height, width))
         box_outside |= _outside(params[..., _TARGET], (height, width))
         refuse((kind > 0) & box_outside, "the patch or its target is outside the view")
