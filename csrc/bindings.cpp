@@ -356,7 +356,7 @@ static void mahalanobis_map(const std::vector<py::array>& maps, const py::array&
         out, "out", {args.features.batch, args.features.grid_height, args.features.grid_width},
         true);
     py::gil_scoped_release release;
-    parallel_for(positions, 4 * gather_positions, threads,
+    parallel_for(positions, 4 * most_gather_positions, threads,
                  [&](int64_t begin, int64_t end) { kernels->mahalanobis(args, begin, end); });
 }
 
@@ -370,7 +370,7 @@ static void gaussian_update(const std::vector<py::array>& maps, const py::array&
         list.features, count, data_of<float>(mean, "mean", {positions, d}, true),
         data_of<float>(scatter, "scatter", {positions, int64_t(packed_size(int(d)))}, true)};
     py::gil_scoped_release release;
-    parallel_for(positions, gather_positions, threads,
+    parallel_for(positions, most_gather_positions, threads,
                  [&](int64_t begin, int64_t end) { kernels->gaussian_update(args, begin, end); });
 }
 

@@ -8,20 +8,65 @@ namespace spd {
 namespace SPD_ISA {
 namespace {
 
+constexpr int half = 4;  // columns of a block at a time
+
+// sum[i][c] += over n steps, a vector of panel i times number c of the other factor, for the panels
+// from number `from` on. Both lie `step`s apart, the numbers `across`.
+template <int from>
+inline void add_products(Rows (&sum)[panel_group][half], const float* const* panel, size_t step,
+                         const float* other, size_t other_step, size_t across, int n) {
+    for (int k = 0; k < n; ++k) {
+        Rows column[panel_group];
+        for (int i = from; i < panel_group; ++i) column[i] = load_rows(panel[i] + k * step);
+        for (int c = 0; c < half; ++c)
+            for (int i = from; i < panel_group; ++i)
+                sum[i][c] += column[i] * other[k * other_step + c * across];
+    }
+}
+
+template <int n>
+struct Number {
+    static constexpr int value = n;
+};
+
+// Calls body(Number<from>): the loops over a group's panels must have constant bounds, or their
+// sums do not stay in registers.
+template <class Body>
+inline void starting_from(int from, const Body& body) {
+    if (from == 0) return body(Number<0>{});
+    if (from == 1) return body(Number<1>{});
+    body(Number<2>{});
+}
+
+// Calls body(r, first) for groups of panels r .. r + panel_group - 1 of which those from r + first
+// on count; what is left over at the end comes one by one.
+template <class Body>
+inline bool for_groups(int panel_count, const Body& body) {
+    int r = 0;
+    for (; r + panel_group <= panel_count; r += panel_group)
+        if (!body(r, 0)) return false;
+    for (; r < panel_count; ++r)
+        if (!body(r - (panel_group - 1), panel_group - 1)) return false;
+    return true;
+}
+
 // S += X^T X for rows x[n], n < rows, each `stride` floats with zeros past d.
 void add_outer_products(float* scatter, int panel_count, const float* x, size_t stride, int rows) {
-    for (int r = 0; r < panel_count; ++r)
-        for (int k = 0; k < 8 * (r + 1); k += 8) {
-            Rows sum[8] = {};
-            for (int n = 0; n < rows; ++n) {
-                const float* row = x + n * stride;
-                const Rows panel = load_rows(row + 8 * r);
-                for (int c = 0; c < 8; ++c) sum[c] += panel * row[k + c];
-            }
-            float* block = scatter + panel_start(r) + 8 * k;
-            for (int c = 0; c < 8; ++c)
-                store_rows(block + 8 * c, load_rows(block + 8 * c) + sum[c]);
-        }
+    for_groups(panel_count, [&](int r, int first) {
+        const float* panel[panel_group];
+        for (int i = first; i < panel_group; ++i) panel[i] = x + 8 * (r + i);
+        for (int k = 0; k < 8 * (r + panel_group); k += half)
+            starting_from(max2(first, k / 8 - r), [&](auto from) {
+                Rows sum[panel_group][half] = {};
+                add_products<from.value>(sum, panel, stride, x + k, stride, 1, rows);
+                for (int i = from.value; i < panel_group; ++i)
+                    for (int c = 0; c < half; ++c) {
+                        float* column = scatter + panel_start(r + i) + 8 * (k + c);
+                        store_rows(column, load_rows(column) + sum[i][c]);
+                    }
+            });
+        return true;
+    });
 }
 
 // Centres the block about its own mean and merges it into the running mean; the shift between the
@@ -44,19 +89,7 @@ int centre_and_merge(float* x, size_t stride, int rows, int d, int64_t count, fl
     return count > 0 ? rows + 1 : rows;
 }
 
-// A 8 x 8 block holds column c at block + 8 c.
-//
-// target -= left * right^T over `columns` columns: left and right are panels, `right` supplies the
-// 8 columns of the target.
-void subtract_product(float* target, const float* left, const float* right, int columns) {
-    Rows sum[8];
-    for (int c = 0; c < 8; ++c) sum[c] = load_rows(target + 8 * c);
-    for (int k = 0; k < columns; ++k) {
-        const Rows column = load_rows(left + 8 * k);
-        for (int c = 0; c < 8; ++c) sum[c] -= column * right[8 * k + c];
-    }
-    for (int c = 0; c < 8; ++c) store_rows(target + 8 * c, sum[c]);
-}
+// An 8 x 8 block holds column c at block + 8 c.
 
 // Cholesky of the lower triangle of an 8 x 8 block; the upper one becomes zero.
 bool cholesky_block(float* a) {
@@ -94,48 +127,89 @@ void invert_block(const float* lower, float* inverse) {
         }
 }
 
-// A = L L^T, panel by panel, in place.
+// A = L L^T, a group of panels after the other, in place: block (r, c) minus the product of what
+// precedes it in panels r and c, then solved with L_cc.
 bool cholesky(float* a, int panel_count) {
-    for (int r = 0; r < panel_count; ++r) {
-        float* panel = a + panel_start(r);
-        for (int c = 0; c <= r; ++c) {
-            const float* above = a + panel_start(c);
-            float* block = panel + 64 * c;
-            subtract_product(block, panel, above, 8 * c);
-            if (c < r)
-                solve_block(block, above + 64 * c);
-            else if (!cholesky_block(block))
-                return false;
+    return for_groups(panel_count, [&](int r, int first) {
+        float* panel[panel_group];
+        for (int i = first; i < panel_group; ++i) panel[i] = a + panel_start(r + i);
+        for (int c = 0; c < r + panel_group; ++c) {
+            float* above = a + panel_start(c);
+            starting_from(max2(first, c - r), [&](auto from) {
+                for (int h = 0; h < 8; h += half) {
+                    Rows sum[panel_group][half] = {};
+                    add_products<from.value>(sum, panel, 8, above + h, 8, 1, 8 * c);
+                    for (int i = from.value; i < panel_group; ++i)
+                        for (int q = 0; q < half; ++q) {
+                            float* column = panel[i] + 64 * c + 8 * (h + q);
+                            store_rows(column, load_rows(column) - sum[i][q]);
+                        }
+                }
+            });
+            const int diagonal = c - r;  // this one of the group's panels, if any
+            if (diagonal >= first && !cholesky_block(above + 64 * c)) return false;
+            for (int i = max2(first, diagonal + 1); i < panel_group; ++i)
+                solve_block(panel[i] + 64 * c, above + 64 * c);
         }
-    }
-    return true;
+        return true;
+    });
 }
 
-// L becomes W = L^-1, panel by panel, in place: W_rr = L_rr^-1 and, for c < r,
-// W_rc = -L_rr^-1 * (sum over j = c..r-1 of L_rj W_jc). `old` holds one panel of L.
+// target += left * right
+void add_block_product(Rows* target, const float* left, const float* right) {
+    for (int i = 0; i < 8; ++i)
+        for (int q = 0; q < 8; ++q) target[q] += load_rows(left + 8 * i) * right[8 * q + i];
+}
+
+// L becomes W = L^-1, a group of panels after the other, in place: W_rr = L_rr^-1 and, for c < r,
+// W_rc = -L_rr^-1 * (sum over j = c..r-1 of L_rj W_jc). `old` holds the panels' L: panel_group
+// times 64 * panel_count floats.
 void invert(float* a, int panel_count, float* old) {
-    for (int r = 0; r < panel_count; ++r) {
-        float* panel = a + panel_start(r);
-        float diagonal[64];
-        memcpy(old, panel, 64 * size_t(r + 1) * sizeof(float));
-        invert_block(old + 64 * r, diagonal);
-        for (int c = 0; c < r; ++c) {
-            Rows sum[8] = {};
-            for (int j = c; j < r; ++j) {
-                const float* w = a + panel_start(j) + 64 * c;
-                for (int i = 0; i < 8; ++i) {
-                    const Rows column = load_rows(old + 64 * j + 8 * i);
-                    for (int q = 0; q < 8; ++q) sum[q] -= column * w[8 * q + i];
+    for_groups(panel_count, [&](int r, int first) {
+        const int done = r + first;  // panels of W there are
+        const float* lower[panel_group];
+        for (int i = first; i < panel_group; ++i) {
+            float* copy = old + i * 64 * size_t(panel_count);
+            memcpy(copy, a + panel_start(r + i), 64 * size_t(r + i + 1) * sizeof(float));
+            lower[i] = copy;
+        }
+        // The sums over what is done, for all panels of the group at once.
+        for (int c = 0; c < done; ++c)
+            starting_from(first, [&](auto from) {
+                for (int h = 0; h < 8; h += half) {
+                    Rows sum[panel_group][half] = {};
+                    for (int j = c; j < done; ++j) {
+                        const float* block[panel_group];
+                        for (int i = from.value; i < panel_group; ++i) block[i] = lower[i] + 64 * j;
+                        add_products<from.value>(sum, block, 8, a + panel_start(j) + 64 * c + 8 * h,
+                                                 1, 8, 8);
+                    }
+                    for (int i = from.value; i < panel_group; ++i)
+                        for (int q = 0; q < half; ++q)
+                            store_rows(a + panel_start(r + i) + 64 * c + 8 * (h + q), sum[i][q]);
+                }
+            });
+        // What the group's own panels add, each when those before it are finished.
+        for (int i = first; i < panel_group; ++i) {
+            float* panel = a + panel_start(r + i);
+            float inverse[64];
+            invert_block(lower[i] + 64 * (r + i), inverse);
+            for (int c = 0; c < r + i; ++c) {
+                Rows sum[8] = {};
+                if (c < done)
+                    for (int q = 0; q < 8; ++q) sum[q] = load_rows(panel + 64 * c + 8 * q);
+                for (int j = max2(done, c); j < r + i; ++j)
+                    add_block_product(sum, lower[i] + 64 * j, a + panel_start(j) + 64 * c);
+                for (int q = 0; q < 8; ++q) {
+                    Rows v = {};
+                    for (int k = 0; k < 8; ++k) v -= load_rows(inverse + 8 * k) * sum[q][k];
+                    store_rows(panel + 64 * c + 8 * q, v);
                 }
             }
-            for (int q = 0; q < 8; ++q) {
-                Rows v = {};
-                for (int i = 0; i < 8; ++i) v += load_rows(diagonal + 8 * i) * sum[q][i];
-                store_rows(panel + 64 * c + 8 * q, v);
-            }
+            memcpy(panel + 64 * (r + i), inverse, sizeof inverse);
         }
-        memcpy(panel + 64 * r, diagonal, sizeof diagonal);
-    }
+        return true;
+    });
 }
 
 }  // namespace
@@ -144,20 +218,20 @@ void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end)
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const size_t stride = 8 * size_t(panels(f.d));
-    const size_t position_stride = stride * (f.batch + 1) + 16;
-    Pieces pieces = scratch.reserve(gather_positions * position_stride + stride + 64);
-    float* x = pieces.take(gather_positions * position_stride);
+    const int block = gather_positions(f), rows = (f.batch + half - 1) / half * half + 1;
+    const size_t position_stride = rows * stride + 16;
+    Pieces pieces = scratch.reserve(block * position_stride + stride + 2 * 16);
+    float* x = pieces.take(block * position_stride);
     float* block_mean = pieces.take(stride);
-    memset(x, 0, gather_positions * position_stride * sizeof(float));
-    for (int64_t p0 = begin; p0 < end; p0 += gather_positions) {
-        const int count = int(min2<int64_t>(gather_positions, end - p0));
-        gather(f, p0, count, x, position_stride, 1, stride);
-        for (int j = 0; j < count; ++j) {
-            float* rows = x + j * position_stride;
-            const int n = centre_and_merge(rows, stride, f.batch, f.d, args.count,
-                                           args.mean + (p0 + j) * f.d, block_mean);
-            add_outer_products(args.scatter + (p0 + j) * packed_size(f.d), panels(f.d), rows,
-                               stride, n);
+    memset(x, 0, block * position_stride * sizeof(float));
+    for (int64_t p0 = begin; p0 < end; p0 += block) {
+        const int count = int(min2<int64_t>(block, end - p0));
+        gather<half>(f, p0, count, x, {position_stride, 1, half * stride, stride});
+        for (int64_t p = p0; p < p0 + count; ++p) {
+            float* images = x + (p - p0) * position_stride;
+            const int n = centre_and_merge(images, stride, f.batch, f.d, args.count,
+                                           args.mean + p * f.d, block_mean);
+            add_outer_products(args.scatter + p * packed_size(f.d), panels(f.d), images, stride, n);
         }
     }
 }
@@ -166,7 +240,7 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
     static thread_local Scratch scratch;
     const int d = args.d, padded = 8 * panels(d);
     const size_t size = packed_size(d);
-    float* old = scratch.reserve(8 * size_t(padded)).next;
+    float* old = scratch.reserve(panel_group * 8 * size_t(padded)).next;
     for (int64_t p = begin; p < end; ++p) {
         float* a = args.scatter + p * size;
         for (size_t i = 0; i < size; ++i) a[i] /= float(args.count - 1);

@@ -8,89 +8,122 @@ namespace spd {
 namespace SPD_ISA {
 namespace {
 
-// Squared norms of W x for N images at one position; x is (d rounded up to 8, stride).
-template <int N, class T>
-void squared_norms(const T* factor, int panel_count, const float* x, size_t stride, float* out) {
-    Rows total[N] = {};
-    for (int r = 0; r < panel_count; ++r) {
-        const T* panel = factor + panel_start(r);
-        Rows y[N] = {};
-        const float* xk = x;
-        for (int k = 0; k < 8 * (r + 1); ++k, xk += stride) {
-            const Rows column = load_rows(panel + 8 * k);
-            for (int b = 0; b < N; ++b) y[b] += column * xk[b];
-        }
-        for (int b = 0; b < N; ++b) total[b] += y[b] * y[b];
-    }
-    for (int b = 0; b < N; ++b) {
-        float sum = 0;
-        for (int i = 0; i < 8; ++i) sum += total[b][i];
-        out[b] = sum;
+constexpr int quad = 4;  // images that share what is loaded of the factor
+
+// y[i][b] += panel i * x for columns begin .. end - 1 and the panels from number `from` on.
+template <int from, int R, class T>
+inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int begin, int end,
+                        const float* x) {
+    for (int k = begin; k < end; ++k) {
+        Rows column[R];
+        for (int i = from; i < R; ++i) column[i] = load_rows(panel[i] + 8 * k);
+        for (int b = 0; b < quad; ++b)
+            for (int i = from; i < R; ++i) y[i][b] += column[i] * x[quad * k + b];
     }
 }
 
+// total[b] += squares of rows r .. r + R - 1 of panels of W x, for four images; x is (8 * panels,
+// 4)
+template <int R, class T>
+inline void add_squares(const T* factor, int r, const float* x, Rows* total) {
+    const T* panel[R];
+    for (int i = 0; i < R; ++i) panel[i] = factor + panel_start(r + i);
+    Rows y[R][quad] = {};
+    const int columns = 8 * (r + 1);  // of the first; every other has 8 more
+    add_columns<0>(y, panel, 0, columns, x);
+    if constexpr (R > 1) add_columns<1>(y, panel, columns, columns + 8, x);
+    if constexpr (R > 2) add_columns<2>(y, panel, columns + 8, columns + 16, x);
+    static_assert(R <= 3);
+    for (int b = 0; b < quad; ++b)
+        for (int i = 0; i < R; ++i) total[b] += y[i][b] * y[i][b];
+}
+
+float sum_of(Rows v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
+
+// Squared norms of W x, x (quads, 8 * panels, 4). A group of panels comes from memory once and
+// serves all images while it is in cache.
+template <class T>
+void squared_norms(const T* factor, int panel_count, const float* x, size_t quad_stride, int quads,
+                   Rows* total, float* out) {
+    for (int q = 0; q < quad * quads; ++q) total[q] = Rows{};
+    int r = 0;
+    for (; r + panel_group <= panel_count; r += panel_group)
+        for (int q = 0; q < quads; ++q)
+            add_squares<panel_group>(factor, r, x + q * quad_stride, total + quad * q);
+    for (; r < panel_count; ++r)
+        for (int q = 0; q < quads; ++q)
+            add_squares<1>(factor, r, x + q * quad_stride, total + quad * q);
+    for (int b = 0; b < quad * quads; ++b) out[b] = sum_of(total[b]);
+}
+
 // One image has only one dot product per row to run: four partial sums hide the latency of the add.
+// All it does is read the factor once, which is asked for 2 KiB ahead.
 template <class T>
 float squared_norm(const T* factor, int panel_count, const float* x) {
+    constexpr int ahead = 2048 / sizeof(T);
     Rows total = {};
     for (int r = 0; r < panel_count; ++r) {
         const T* panel = factor + panel_start(r);
         Rows y[4] = {};
-        for (int k = 0; k < 8 * (r + 1); k += 4)
-            for (int i = 0; i < 4; ++i) y[i] += load_rows(panel + 8 * (k + i)) * x[k + i];
+        for (int k = 0; k < 8 * (r + 1); k += 8) {
+            for (int i = 0; i < 64; i += 64 / int(sizeof(T)))
+                __builtin_prefetch(panel + 8 * k + ahead + i);
+            for (int i = 0; i < 8; ++i) y[i % 4] += load_rows(panel + 8 * (k + i)) * x[k + i];
+        }
         const Rows sum = (y[0] + y[1]) + (y[2] + y[3]);
         total += sum * sum;
     }
-    float sum = 0;
-    for (int i = 0; i < 8; ++i) sum += total[i];
-    return sum;
+    return sum_of(total);
 }
 
-template <class T>
-void position(const T* factor, int d, int batch, const float* x, size_t stride, float* squared) {
-    if (batch == 1) {
-        squared[0] = squared_norm(factor, panels(d), x);
-        return;
+// For `group` images at a time, 1 or a quad.
+template <int group>
+void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const Features& f = args.features;
+    const int64_t positions = int64_t(f.grid_height) * f.grid_width;
+    const int panel_count = panels(f.d), block = gather_positions(f);
+    const int groups = (f.batch + group - 1) / group;
+    const size_t group_size = 8 * size_t(panel_count) * group;
+    // 16 floats more between positions: a power-of-two stride would fall into one cache set.
+    const size_t position_stride = groups * group_size + 16;
+    const size_t images = size_t(groups) * group;
+    Pieces pieces = scratch.reserve(block * position_stride + 9 * images + 3 * 16);
+    float* x = pieces.take(block * position_stride);
+    Rows* total = reinterpret_cast<Rows*>(pieces.take(8 * images));
+    float* squared = pieces.take(images);
+    memset(x, 0, block * position_stride * sizeof(float));  // rows past d
+    for (int64_t p0 = begin; p0 < end; p0 += block) {
+        const int count = int(min2<int64_t>(block, end - p0));
+        gather<group>(f, p0, count, x, {position_stride, group, group_size, 1});
+        for (int64_t p = p0; p < p0 + count; ++p) {
+            float* delta = x + (p - p0) * position_stride;
+            const float* mean = args.mean + p * f.d;
+            for (int g = 0; g < groups; ++g)
+                for (int k = 0; k < f.d; ++k)
+                    for (int b = 0; b < group; ++b)
+                        delta[g * group_size + k * group + b] -= mean[k];
+            const auto norms = [&](auto* factor) {
+                factor += p * packed_size(f.d);
+                if (group == 1)
+                    squared[0] = squared_norm(factor, panel_count, delta);
+                else
+                    squared_norms(factor, panel_count, delta, group_size, groups, total, squared);
+            };
+            if (args.factor_dtype == DType::float16)
+                norms(static_cast<const uint16_t*>(args.factor));
+            else
+                norms(static_cast<const float*>(args.factor));
+            for (int b = 0; b < f.batch; ++b) args.out[b * positions + p] = sqrtf(squared[b]);
+        }
     }
-    int b = 0;
-    for (; b + 8 <= batch; b += 8) squared_norms<8>(factor, panels(d), x + b, stride, squared + b);
-    for (; b < batch; b += 4)  // x and `squared` are padded to a multiple of 4 images
-        squared_norms<4>(factor, panels(d), x + b, stride, squared + b);
 }
 
 }  // namespace
 
 void mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    const Features& f = args.features;
-    const int64_t positions = int64_t(f.grid_height) * f.grid_width;
-    const size_t stride = f.batch == 1 ? 1 : (f.batch + 3) / 4 * 4;
-    // 16 floats more between positions: a power-of-two stride would fall into one cache set.
-    const size_t position_stride = 8 * size_t(panels(f.d)) * stride + 16;
-    Pieces pieces = scratch.reserve(gather_positions * position_stride + stride + 64);
-    float* x = pieces.take(gather_positions * position_stride);
-    float* squared = pieces.take(stride);
-    memset(x, 0, gather_positions * position_stride * sizeof(float));
-    for (int64_t p0 = begin; p0 < end; p0 += gather_positions) {
-        const int count = int(min2<int64_t>(gather_positions, end - p0));
-        gather(f, p0, count, x, position_stride, stride, 1);
-        for (int j = 0; j < count; ++j) {
-            const int64_t p = p0 + j;
-            float* delta = x + j * position_stride;
-            for (int k = 0; k < f.d; ++k) {
-                const float mean = args.mean[p * f.d + k];
-                for (int b = 0; b < f.batch; ++b) delta[k * stride + b] -= mean;
-            }
-            const size_t offset = p * packed_size(f.d);
-            if (args.factor_dtype == DType::float16)
-                position(static_cast<const uint16_t*>(args.factor) + offset, f.d, f.batch, delta,
-                         stride, squared);
-            else
-                position(static_cast<const float*>(args.factor) + offset, f.d, f.batch, delta,
-                         stride, squared);
-            for (int b = 0; b < f.batch; ++b) args.out[b * positions + p] = sqrtf(squared[b]);
-        }
-    }
+    if (args.features.batch == 1) return score_positions<1>(args, begin, end);
+    score_positions<quad>(args, begin, end);
 }
 
 }  // namespace SPD_ISA

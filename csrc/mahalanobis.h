@@ -65,27 +65,47 @@ struct GaussianFactorArgs {
     int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end); \
     }
 
-// x[j * position_stride + k * batch_stride + b] = channel k of image b at position begin + j, for
-// up to 16 positions: reading along positions is contiguous in the feature maps.
-constexpr int gather_positions = 16;
+// Where gathered features go: channel k of image b at position begin + j to
+// x + j * position + k * channel + b / group * images + b % group * image.
+struct GatherStrides {
+    size_t position, channel, images, image;
+};
 
+// Reading along positions is contiguous in planar feature maps; with channels last each position is
+// contiguous for itself, and needs no company.
+constexpr int most_gather_positions = 16;
+
+static inline int gather_positions(const Features& f) {
+    const bool channels_last = f.layers[0].stride[1] == 1;
+    return channels_last ? 1 : most_gather_positions;
+}
+
+// At most `most_gather_positions` of them. Images come in groups that are written together; the
+// last group is filled up with the last image.
+template <int group>
 static inline void gather(const Features& f, int64_t begin, int count, float* x,
-                          size_t position_stride, size_t channel_stride, size_t batch_stride) {
-    int64_t place[gather_positions];
-    for (int k = 0, known = -1; k < f.d; ++k) {
+                          const GatherStrides& to) {
+    int64_t place[most_gather_positions];
+    for (int k = 0, end; k < f.d; k = end) {
         const Layer& layer = f.layers[f.layer[k]];
-        if (f.layer[k] != known) {
-            known = f.layer[k];
-            for (int j = 0; j < count; ++j) {
-                const int64_t y = (begin + j) / f.grid_width, u = (begin + j) % f.grid_width;
-                place[j] = y * layer.height / f.grid_height * layer.stride[2] +
-                           u * layer.width / f.grid_width * layer.stride[3];
-            }
+        for (end = k + 1; end < f.d && f.layer[end] == f.layer[k];) ++end;  // a run of channels
+        for (int j = 0; j < count; ++j) {
+            const int64_t y = (begin + j) / f.grid_width, u = (begin + j) % f.grid_width;
+            place[j] = y * layer.height / f.grid_height * layer.stride[2] +
+                       u * layer.width / f.grid_width * layer.stride[3];
         }
-        for (int b = 0; b < f.batch; ++b) {
-            const float* s = layer.data + b * layer.stride[0] + f.channel[k] * layer.stride[1];
-            float* d = x + k * channel_stride + b * batch_stride;
-            for (int j = 0; j < count; ++j) d[j * position_stride] = s[place[j]];
+        for (int b0 = 0; b0 < f.batch; b0 += group) {
+            const float* s[group];
+            for (int b = 0; b < group; ++b)
+                s[b] = layer.data + min2(b0 + b, f.batch - 1) * layer.stride[0];
+            float* d = x + b0 / group * to.images;
+            for (int i = k; i < end; ++i) {
+                const int64_t channel = f.channel[i] * layer.stride[1];
+                for (int j = 0; j < count; ++j)
+                    for (int b = 0; b < group; ++b)
+                        d[j * to.position + i * to.channel + b * to.image] =
+                            s[b][channel + place[j]];
+            }
         }
     }
 }

@@ -10,6 +10,15 @@ namespace spd {
 
 typedef float Rows __attribute__((vector_size(32)));
 
+// Panels that share what is loaded of the other factor of a product: three of them with four
+// columns each are 12 sums, which the 16 registers of AVX2 have room for. Narrower ones hold half a
+// vector.
+#ifdef __AVX2__
+constexpr int panel_group = 3;
+#else
+constexpr int panel_group = 1;
+#endif
+
 static inline Rows load_rows(const float* p) {
     Rows v;
     memcpy(&v, p, sizeof v);
