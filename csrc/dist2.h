@@ -1,0 +1,90 @@
+// Squared distances in a defined order of operations, and lower bounds that rule most of them out.
+//
+// Files that include this are compiled with -ffp-contract=off: a multiply-add that rounds once
+// would make distances, and with them the points that are picked, differ between processors.
+#pragma once
+
+#include <cmath>
+
+#include "vectors.h"
+
+namespace spd {
+namespace {  // internal linkage: see common.h
+
+constexpr int partial_sums = 32;  // d must be a multiple of it
+// Lower bounds are computed for so many points at once; their coordinates are interleaved.
+constexpr int bound_block = 16;
+constexpr int block_vectors = bound_block / lanes;
+
+// Halves are added to each other until one number is left: the same tree for any vector width.
+static inline float tree_sum(const Floats* sums) {
+    float part[partial_sums];
+    for (int i = 0; i < partial_sums / lanes; ++i) store(part + i * lanes, sums[i]);
+    for (int half = partial_sums / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    return part[0];
+}
+
+// Squared distance, or infinity where a part of the sum already exceeds `limit`. Rounding is
+// monotonic, so a sum of fewer squares is never the larger one.
+static inline float dist2(const float* a, const float* b, int d, float limit) {
+    Floats sums[partial_sums / lanes] = {};
+    for (int k = 0; k < d; k += partial_sums) {
+        for (int i = 0; i < partial_sums / lanes; ++i) {
+            const Floats delta = load(a + k + i * lanes) - load(b + k + i * lanes);
+            sums[i] += delta * delta;
+        }
+        if (k % 128 == 96 && tree_sum(sums) > limit) return INFINITY;
+    }
+    return tree_sum(sums);
+}
+
+// The squared distance of two points' bound coordinates below which their own may be at most
+// `distance`. The factor covers the rounding of both sums, `slack` that of the coordinates.
+static inline float widened(float distance, float slack) {
+    const float reach = sqrtf(distance) * 1.0001f + slack;
+    return reach * reach;
+}
+
+// Bit i is set unless a[i] >= limit.
+static inline unsigned below(Floats a, float limit) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(limit), _CMP_NGE_UQ);
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, _mm256_set1_ps(limit), _CMP_NGE_UQ));
+#elif defined(__SSE2__)
+    return _mm_movemask_ps(_mm_cmpnge_ps((__m128)a, _mm_set1_ps(limit)));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < lanes; ++i) bits |= unsigned(!(a[i] >= limit)) << i;
+    return bits;
+#endif
+}
+
+// Squared distances from the coordinates of `queries` points, one row after the other, to those of
+// a block: out[q * block_vectors + v]. Bounds may round as they like, so this multiplies and adds
+// in one instruction where there is one.
+template <int queries>
+static inline void bound_distances(const float* block, const float* query, int coordinates,
+                                   Floats* out) {
+    Floats sum[queries * block_vectors] = {};
+    for (int c = 0; c < coordinates; ++c)
+        for (int v = 0; v < block_vectors; ++v) {
+            const Floats item = load(block + c * bound_block + v * lanes);
+            for (int q = 0; q < queries; ++q) {
+                const Floats delta = item - query[q * coordinates + c];
+                Floats& to = sum[q * block_vectors + v];
+#if defined(__AVX512F__)
+                to = (Floats)_mm512_fmadd_ps((__m512)delta, (__m512)delta, (__m512)to);
+#elif defined(__FMA__)
+                to = (Floats)_mm256_fmadd_ps((__m256)delta, (__m256)delta, (__m256)to);
+#else
+                to += delta * delta;
+#endif
+            }
+        }
+    for (int i = 0; i < queries * block_vectors; ++i) out[i] = sum[i];
+}
+
+}  // namespace
+}  // namespace spd

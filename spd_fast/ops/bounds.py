@@ -1,0 +1,64 @@
+"""Coordinates from which a lower bound of the distance of two points follows.
+
+They are the first principal components of a set of points and, as one more, the norm of what these
+leave out of a point. The components are orthonormal, so no two points are nearer to each other than
+their coordinates are.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SAMPLE = 4096  # points that the components are computed from
+BLOCK = 1024  # points at a time: the temporaries stay in cache
+
+
+class Axes(NamedTuple):
+    """Where coordinates are measured from and along what, in float64."""
+
+    origin: Tensor  # (D,)
+    directions: Tensor  # (D, count - 1), orthonormal columns
+
+
+def principal_axes(points: Tensor, count: int) -> Axes:
+    """Axes for `count` coordinates of points like these (N, D)."""
+    some = points[:: -(-len(points) // SAMPLE)].double()
+    origin = some.mean(0)
+    some = some - origin
+    directions = torch.linalg.eigh(some.T @ some).eigenvectors.flip(1)[:, : count - 1]
+    missing = count - 1 - directions.shape[1]  # fewer dimensions than that
+    return Axes(origin, torch.nn.functional.pad(directions, (0, missing)))
+
+
+def coordinates(points: Tensor, axes: Axes) -> Tensor:
+    """(N, D) -> (N, count) float32. In float64, so that only the last step rounds."""
+    found = points.new_empty(len(points), axes.directions.shape[1] + 1, dtype=torch.float32)
+    for start in range(0, len(points), BLOCK):
+        block = points[start : start + BLOCK].double() - axes.origin
+        along = block @ axes.directions
+        rest = (block.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
+        found[start : start + BLOCK, :-1] = along
+        found[start : start + BLOCK, -1] = rest
+    return found
+
+
+def largest_norm(found: Tensor) -> float:
+    """Of coordinates (N, count): that of the point farthest from the origin."""
+    return float(found.norm(dim=1).amax()) if len(found) else 0.0
+
+
+def slack(largest: float) -> float:
+    """How much rounding can add to the distance of two points' coordinates.
+
+    With R the largest norm, a coordinate is off by at most 2^-24 R, so a distance by at most
+    2^-23 sqrt(count) R: below 1e-6 R up to 64 coordinates. 1e-18 stands above what underflows in a
+    square.
+    """
+    return 1e-6 * largest + 1e-18
+
+
+def in_blocks(found: Tensor, size: int = 16) -> Tensor:
+    """(N, count) -> (N / size rounded up, count, size): one coordinate of a block is contiguous."""
+    found = torch.nn.functional.pad(found, (0, 0, 0, -len(found) % size))
+    return found.unflatten(0, (-1, size)).mT.contiguous()

@@ -1,0 +1,109 @@
+"""`greedy_kcenter`: which points PatchCore keeps as its coreset."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from spd_fast import reference_patchcore as reference
+from spd_fast.errors import InputError
+from spd_fast.ops.backends import (
+    OPERATIONS,
+    native,
+    native_backend,
+    not_on_cpu,
+    reference_backend,
+    select,
+)
+from spd_fast.ops.bounds import coordinates, largest_norm, principal_axes, slack
+
+BOUNDS = 16  # kcenter_bounds of csrc/kcenter.h
+
+
+def greedy_kcenter(
+    points: Tensor,
+    k: int,
+    start: int = 0,
+    *,
+    progress: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Greedy k-center (Gonzalez 1985), PatchCore's coreset (Roth et al. 2022, section 3.2).
+
+    After `start`, each pick is the point that is farthest from all picked so far, of equals the one
+    of lowest index; a point is picked once. All backends pick the same points in the same order:
+    a distance is the one that `reference_patchcore.squared_distances` defines, operation by
+    operation.
+
+    Args:
+        points: (N, D) float32, finite.
+        k: how many to pick, 1..N.
+        start: index of the first pick.
+        progress: show a progress bar.
+        backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
+
+    Returns:
+        (k,) int64 indices in the order of the picks.
+
+    Raises:
+        InputError: an argument has the wrong shape, dtype or range; the message names it.
+    """
+    return torch.ops.spd_fast.greedy_kcenter(points, k, start, progress, backend)
+
+
+@torch.library.custom_op("spd_fast::greedy_kcenter", mutates_args=())
+def _greedy_kcenter(
+    points: Tensor, k: int, start: int = 0, progress: bool = False, backend: str | None = None
+) -> Tensor:
+    check_points("points", points)
+    if not 1 <= k <= len(points):
+        raise InputError(f"k must be 1..{len(points)}, as there are so many points; got {k}")
+    if not 0 <= start < len(points):
+        raise InputError(f"start must be 0..{len(points) - 1}, the index of a point; got {start}")
+    chosen = select("greedy_kcenter", backend, points)
+    with tqdm(total=k, desc="coreset", unit="point", disable=not progress) as bar:
+        return chosen.function(points, k, start, lambda done: bar.update(done - bar.n))
+
+
+@_greedy_kcenter.register_fake
+def _(points, k, start=0, progress=False, backend=None) -> Tensor:
+    return points.new_empty(k, dtype=torch.int64)
+
+
+LARGEST = 1e15  # squares of differences must stay finite in float32
+
+
+def check_points(name: str, points: Tensor) -> None:
+    """Refuse what distances cannot be computed of; `name` is what the argument is called."""
+    if points.ndim != 2 or points.dtype != torch.float32 or not points.numel():
+        raise InputError(
+            f"{name} must be float32 (N, D), at least one, got {points.dtype} {tuple(points.shape)}"
+        )
+    smallest, largest = points.aminmax()  # NaN if there is one
+    if not bool(torch.maximum(-smallest, largest) <= LARGEST):
+        raise InputError(
+            f"{name} must be finite and at most {LARGEST:.0e} in size, got "
+            f"{smallest.item():.3g}..{largest.item():.3g}"
+        )
+
+
+def padded(points: Tensor) -> Tensor:
+    """Contiguous, with zeros up to a whole number of the kernels' partial sums."""
+    missing = -points.shape[1] % reference.PARTIAL_SUMS
+    return F.pad(points, (0, missing)) if missing else points.contiguous()
+
+
+def _kcenter_native(points, k, start, progress) -> Tensor:
+    bounds = coordinates(points, principal_axes(points, BOUNDS))
+    picks = torch.empty(k, dtype=torch.int64)
+    picks[0] = start
+    margin = slack(largest_norm(bounds))
+    native.kcenter(padded(points).numpy(), bounds.numpy(), margin, picks.numpy(), progress)
+    progress(k)
+    return picks
+
+
+OPERATIONS["greedy_kcenter"] = (
+    native_backend(_kcenter_native, lambda points: not_on_cpu([points])),
+    reference_backend(reference.greedy_kcenter),
+)
