@@ -11,13 +11,23 @@ __version__ = "0.1.0"
 _PUBLIC = {  # name -> module that defines it
     "augment_views": "spd_fast.ops.augment_views",
     "mahalanobis_map": "spd_fast.ops.mahalanobis",
+    "greedy_kcenter": "spd_fast.ops.kcenter",
     "use_backend": "spd_fast.ops.backends",
     "sample_view_params": "spd_fast.views",
     "ViewLoader": "spd_fast.loader",
     "PaDiM": "spd_fast.padim",
+    "PatchCore": "spd_fast.patchcore",
     "InputError": "spd_fast.errors",
 }
-_MODULES = ("recipes", "metrics", "losses", "models", "datasets", "reference")
+_MODULES = (
+    "recipes",
+    "metrics",
+    "losses",
+    "models",
+    "datasets",
+    "reference",
+    "reference_patchcore",
+)
 
 __all__ = [*_PUBLIC, *_MODULES]
 

@@ -244,20 +244,27 @@ def _add_evaluate(commands) -> None:
     add = parser.add_argument
     add("--data", required=True, help="root of VisA (either layout) or MVTec-AD")
     add("--protocol", default="1cls", choices=("1cls",))
-    add("--method", default="padim", choices=("padim",))
+    add("--method", default="padim", choices=("padim", "patchcore"))
     add("--backbone", default="resnet18", help="a torchvision ResNet")
     add("--weights", default="imagenet", help="imagenet, random, or a checkpoint file")
     add("--category", nargs="+", default=(), help="only these")
     add("--preset", default="paper", choices=("paper", "anomalib"), help="image preparation")
-    add("--n-features", type=_positive, help="channels kept; default as in the PaDiM paper")
-    add("--factor-dtype", default="float32", choices=("float32", "float16"))
+    add("--n-features", type=_positive, help="PaDiM: channels kept; default as in its paper")
+    add("--factor-dtype", default="float32", choices=("float32", "float16"), help="PaDiM")
+    add("--coreset-ratio", type=float, default=0.1, help="PatchCore: patches that the bank keeps")
+    add(
+        "--n-neighbors",
+        type=_positive,
+        help="PatchCore: bank items that re-weight the image score; default by preset, 1 or 9",
+    )
+    add("--bank-dtype", default="float32", choices=("float32", "float16"), help="PatchCore")
     add("--name", help="label of the run in reports")
     add("--batch-size", type=_positive, default=16)
     add("--workers", type=_positive, default=4, help="threads that read images")
-    add("--seed", type=_seed, default=0, help="of the kept channels and of random weights")
+    add("--seed", type=_seed, default=0, help="of what is drawn, random weights included")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
-    add("--save-models", action="store_true", help="write OUT/categories/NAME/padim.pt")
+    add("--save-models", action="store_true", help="write OUT/categories/NAME/METHOD.pt")
     add("--out", required=True, help="output directory")
 
 

@@ -23,19 +23,15 @@ from spd_fast.files import atomic_directory, make_output_dir, read_json, write_j
 from spd_fast.info import versions
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
-from spd_fast.preprocess import (
-    Preset,
-    displayed_image,
-    find_preset,
-    prepare_image,
-    prepare_mask,
-)
+from spd_fast.patchcore import PatchCore
+from spd_fast.preprocess import Preset, displayed_image, prepare_image, prepare_mask
 from spd_fast.report import format_table, load_run, write_report
 from spd_fast.sheet import example_sheet
 
-METHODS = ("padim",)
-# In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, MODEL.
-CATEGORIES, RESULT, MODEL = "categories", "result.json", "padim.pt"
+METHODS = ("padim", "patchcore")
+# In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, the model
+# as <method>.pt.
+CATEGORIES, RESULT = "categories", "result.json"
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,9 @@ class EvaluateConfig:
     preset: str = "paper"
     n_features: int | None = None
     factor_dtype: str = "float32"
+    coreset_ratio: float = 0.1
+    n_neighbors: int | None = None
+    bank_dtype: str = "float32"
     category: tuple[str, ...] = ()
     name: str | None = None
     batch_size: int = 16
@@ -88,15 +87,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     started = time.perf_counter()
     out = make_output_dir(config.out)
     dataset = read_dataset(config.data, config.protocol, list(config.category) or None)
-    model = PaDiM(
-        config.backbone,
-        config.n_features,
-        config.preset,
-        config.factor_dtype,
-        config.weights,
-        config.seed,
-        pick_device(config.device),
-    )
+    model = _new_detector(config)
     categories = []
     for category in dataset:
         result = _finished(out, config, category)
@@ -105,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         categories.append(result)
     run = {
         "name": config.name or f"{config.method}, {config.weights}",
-        "config": _settings(config) | {"n_features": len(model.channels)},
+        "config": _settings(config) | _chosen(model),
         "versions": versions(),
         "seconds": time.perf_counter() - started,
         "categories": categories,
@@ -125,13 +116,35 @@ def _check(config: EvaluateConfig) -> None:
     if config.method not in METHODS:
         raise InputError(f"method is one of {', '.join(METHODS)}; got {config.method!r}")
     if config.protocol != "1cls":
-        raise InputError(f"padim learns normal images only: protocol 1cls, got {config.protocol!r}")
+        raise InputError(
+            f"{config.method} learns normal images only: protocol 1cls, got {config.protocol!r}"
+        )
     data, out = Path(config.data).resolve(), Path(config.out).resolve()
     if out == data or data in out.parents:
         raise InputError(f"the output directory {config.out} lies in the data set {config.data}")
     for name in ("batch_size", "workers"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _new_detector(config: EvaluateConfig) -> PaDiM | PatchCore:
+    common = {name: getattr(config, name) for name in ("backbone", "preset", "weights", "seed")}
+    common["device"] = pick_device(config.device)
+    if config.method == "padim":
+        return PaDiM(n_features=config.n_features, factor_dtype=config.factor_dtype, **common)
+    return PatchCore(
+        coreset_ratio=config.coreset_ratio,
+        n_neighbors=config.n_neighbors,
+        bank_dtype=config.bank_dtype,
+        **common,
+    )
+
+
+def _chosen(model: PaDiM | PatchCore) -> dict:
+    """Settings that the model chose where the configuration left them open."""
+    if isinstance(model, PaDiM):
+        return {"n_features": len(model.channels)}
+    return {"n_neighbors": model.n_neighbors}
 
 
 def _settings(config: EvaluateConfig) -> dict:
@@ -166,14 +179,16 @@ def _finished(out: Path, config: EvaluateConfig, category: Category) -> dict | N
     stored = read_json(directory / RESULT)
     if stored.get("fingerprint") != _fingerprint(config, category):
         return None
-    if config.save_models and not (directory / MODEL).exists():
+    if config.save_models and not (directory / f"{config.method}.pt").exists():
         return None
     tqdm.write(f"{category.name}: already done with these settings and files, results kept")
     return stored["result"]
 
 
-def _evaluate_category(model: PaDiM, category: Category, config: EvaluateConfig, out: Path) -> dict:
-    preset = find_preset(config.preset)
+def _evaluate_category(
+    model: PaDiM | PatchCore, category: Category, config: EvaluateConfig, out: Path
+) -> dict:
+    preset = model.settings
     skipped: dict[str, str] = {}
     directory = make_output_dir(out / CATEGORIES) / category.name
     started = time.perf_counter()
@@ -202,14 +217,14 @@ def _evaluate_category(model: PaDiM, category: Category, config: EvaluateConfig,
             example["file"] = f"{CATEGORIES}/{category.name}/{example['file']}"
         result["examples"] = examples
         if config.save_models:
-            model.save(temporary / MODEL)
+            model.save(temporary / f"{config.method}.pt")
         stored = {"fingerprint": _fingerprint(config, category), "result": result}
         write_json(temporary / RESULT, stored)
     return result
 
 
 def _score(
-    model: PaDiM,
+    model: PaDiM | PatchCore,
     category: Category,
     preset: Preset,
     config: EvaluateConfig,

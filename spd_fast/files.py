@@ -153,8 +153,10 @@ def save_state(path: str | Path, state: dict) -> None:
         ) from error
 
 
-def read_state(path: str | Path, what: str):
+def read_state(path: str | Path, what: str, mmap: bool = False):
     """What `save_state` or torch.save wrote, on the CPU; `what` it should be, for the message.
+
+    With `mmap` tensors are read from the disk only when they are used.
 
     Raises:
         InputError: the file is missing, damaged, or not one of torch's.
@@ -164,7 +166,7 @@ def read_state(path: str | Path, what: str):
     if not Path(path).exists():
         raise InputError(f"there is no file {path}, expected {what}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:  # a directory, no permission
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds for files that are not its own

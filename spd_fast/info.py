@@ -22,7 +22,12 @@ def describe() -> str:
     """The text that `spd-fast info` prints."""
     import torch
 
-    from spd_fast.ops import augment_views, mahalanobis  # noqa: F401  they fill OPERATIONS
+    from spd_fast.ops import (  # noqa: F401  they fill OPERATIONS
+        augment_views,
+        kcenter,
+        mahalanobis,
+        nearest,
+    )
     from spd_fast.ops.backends import OPERATIONS, native
 
     lines = ["versions"]

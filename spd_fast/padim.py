@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spd_fast.detector import check_image_size, feature_network, read_layers, read_marked
 from spd_fast.errors import InputError
-from spd_fast.files import read_state, save_state
-from spd_fast.models import FeatureLayers, load_backbone, new_backbone, pick_device
+from spd_fast.files import save_state
+from spd_fast.models import load_backbone, new_backbone, pick_device
 from spd_fast.ops.mahalanobis import (
     FACTOR_DTYPES,
     gaussian_factor,
@@ -58,7 +59,7 @@ class PaDiM:
         device: str | torch.device = "cpu",
     ):
         self._configure(backbone, preset, factor_dtype, device)
-        self._use(load_backbone(backbone, weights, seed=seed))
+        self.network = feature_network(load_backbone(backbone, weights, seed=seed), self.device)
         total = self._count_channels()
         wanted = N_FEATURES.get(backbone) if n_features is None else n_features
         if wanted is None:
@@ -80,11 +81,6 @@ class PaDiM:
         self.count = 0  # images fitted
         self.image_size: tuple[int, int] | None = None
 
-    def _use(self, network: torch.nn.Module) -> None:
-        self.network = (
-            FeatureLayers(network).eval().to(self.device, memory_format=torch.channels_last)
-        )
-
     @torch.inference_mode()
     def _count_channels(self) -> int:
         probe = torch.zeros(1, 3, 64, 64, device=self.device)
@@ -96,21 +92,7 @@ class PaDiM:
         Raises:
             InputError: wrong shape or dtype, or the network's output is not finite.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise InputError(
-                f"images must be a float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
-            )
-        images = images.to(self.device, torch.float32, memory_format=torch.channels_last)
-        with torch.inference_mode():
-            layers = self.network(images)
-        for number, layer in enumerate(layers, 1):
-            if not bool(layer.isfinite().all()):
-                bad = (~layer.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-                raise InputError(
-                    f"layer{number} of {self.backbone} has NaN or infinite features for images "
-                    f"{bad} of the batch: check the images and the weights"
-                )
-        return layers
+        return read_layers(self.network, images, self.backbone)
 
     def fit(self, batches: Iterable[Tensor]) -> "PaDiM":
         """Fit to normal images.
@@ -136,7 +118,7 @@ class PaDiM:
                 mean = torch.zeros(positions, d, device=self.device)
                 scatter = torch.zeros(positions, packed_size(d), device=self.device)
                 self.image_size = tuple(images.shape[2:])
-            self._check_size(images)
+            check_image_size(images, self.image_size, "PaDiM")
             gaussian_update(layers, self.channels, self.count, mean, scatter)
             self.count += len(images)
         if self.count < 2:
@@ -161,7 +143,7 @@ class PaDiM:
         if self.factor is None:
             raise InputError("this PaDiM is not fitted: call fit() or load() first")
         layers = self.features(images)
-        self._check_size(images)
+        check_image_size(images, self.image_size, "PaDiM")
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
         along_y, along_x = (
             smooth_upsample_matrix(n_in, n_out, border=self.settings.border).to(distances)
@@ -169,13 +151,6 @@ class PaDiM:
         )
         maps = along_y @ distances @ along_x.mT
         return maps, maps.amax((1, 2))
-
-    def _check_size(self, images: Tensor) -> None:
-        if tuple(images.shape[2:]) != self.image_size:
-            raise InputError(
-                f"images are {' x '.join(map(str, images.shape[2:]))} pixels, but this PaDiM was "
-                f"fitted on {' x '.join(map(str, self.image_size))}"
-            )
 
     def save(self, path: str | Path) -> None:
         """Write everything that scoring needs, the network's weights included, to one file."""
@@ -203,17 +178,11 @@ class PaDiM:
         Raises:
             InputError: the file is missing or is not a saved PaDiM.
         """
-        state = read_state(path, "a saved PaDiM")
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise InputError(f"{path} is not a saved PaDiM: it lacks the mark {FORMAT!r}")
-        if state.get("version") != VERSION:
-            raise InputError(
-                f"{path} has version {state.get('version')}, this spd-fast reads {VERSION}"
-            )
+        state = read_marked(path, "PaDiM", FORMAT, VERSION)
         model = cls.__new__(cls)
         try:
             model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)
-            model._use(new_backbone(state["backbone"]))
+            model.network = feature_network(new_backbone(state["backbone"]), model.device)
             model.network.load_state_dict(state["network"])
             model.count, model.image_size = state["count"], tuple(state["image_size"])
             for name in ("channels", "mean", "factor"):

@@ -10,10 +10,12 @@ from tqdm import tqdm
 from spd_fast.datasets.images import list_images, read_image
 from spd_fast.errors import InputError
 from spd_fast.evaluate import in_threads
-from spd_fast.files import atomic_path, make_output_dir
+from spd_fast.files import atomic_path, make_output_dir, read_state
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
-from spd_fast.preprocess import displayed_image, find_preset, prepare_image
+from spd_fast.patchcore import FORMAT as PATCHCORE
+from spd_fast.patchcore import PatchCore
+from spd_fast.preprocess import displayed_image, prepare_image
 from spd_fast.sheet import example_sheet
 
 
@@ -30,7 +32,7 @@ def predict(
     All heat maps share one colour scale, so that they can be compared with each other.
 
     Args:
-        model_path: a file that `PaDiM.save` wrote.
+        model_path: a file that `PaDiM.save` or `PatchCore.save` wrote.
         images: files, or directories whose images are all taken.
         out: output directory.
 
@@ -41,9 +43,9 @@ def predict(
         InputError: the model or an image cannot be read, or `out` cannot be written.
     """
     paths = _expand(images)
-    model = PaDiM.load(model_path, pick_device(device))
+    model = load_detector(model_path, device)
     out = make_output_dir(out)
-    preset = find_preset(model.preset)
+    preset = model.settings
     skipped = []
 
     def load(path: Path):
@@ -85,6 +87,17 @@ def predict(
     if skipped:
         print(f"{len(skipped)} of {len(paths)} images were skipped:", *skipped, sep="\n  ")
     return out / "scores.csv"
+
+
+def load_detector(path: str | Path, device: str = "auto") -> PaDiM | PatchCore:
+    """The saved detector in `path`, whichever it is.
+
+    Raises:
+        InputError: the file is missing, or holds neither.
+    """
+    state = read_state(path, "a saved PaDiM or PatchCore", mmap=True)
+    is_patchcore = isinstance(state, dict) and state.get("format") == PATCHCORE
+    return (PatchCore if is_patchcore else PaDiM).load(path, pick_device(device))
 
 
 def _expand(images: Iterable[str | Path]) -> list[Path]:

@@ -18,35 +18,42 @@ class Preset:
 
     shorter_side: int | None  # resize to this with the aspect kept, then cut the centre out ...
     size: int  # ... of this side; without `shorter_side`, resize to this square
-    ridge: float  # added to the diagonal of PaDiM's covariances
+    resampling: Image.Resampling | None  # of 8-bit pixels; None: float pixels, antialiased bilinear
     border: str  # of the Gaussian on the map, see `reference.gaussian_matrix`
 
 
+@dataclass(frozen=True)
+class PaDiMPreset(Preset):
+    """The same, and what PaDiM's references differ in."""
+
+    ridge: float  # added to the diagonal of the covariances
+
+
 PRESETS = {
-    "paper": Preset(shorter_side=256, size=224, ridge=0.01, border="symmetric"),
-    "anomalib": Preset(shorter_side=None, size=256, ridge=0.01 + 1e-5, border="reflect"),
+    "paper": PaDiMPreset(256, 224, Image.Resampling.LANCZOS, border="symmetric", ridge=0.01),
+    "anomalib": PaDiMPreset(None, 256, None, border="reflect", ridge=0.01 + 1e-5),
 }
 
 
-def find_preset(name: str) -> Preset:
+def find_preset(name: str, presets: dict[str, Preset] = PRESETS) -> Preset:
     """The preset called `name`.
 
     Raises:
         InputError: there is none of that name.
     """
-    if name not in PRESETS:
-        raise InputError(f"preset is one of {', '.join(PRESETS)}; got {name!r}")
-    return PRESETS[name]
+    if name not in presets:
+        raise InputError(f"preset is one of {', '.join(presets)}; got {name!r}")
+    return presets[name]
 
 
 def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
     """(H, W, 3) uint8 -> (3, size, size) float32, ImageNet-normalised.
 
-    "paper" resizes 8-bit pixels with a Lanczos filter as PaDiM's first implementation does,
-    "anomalib" float pixels with an antialiased bilinear one.
+    The presets "paper" resize 8-bit pixels, PaDiM's with a Lanczos filter as its first
+    implementation does, PatchCore's with a bilinear one; "anomalib" resizes float pixels.
     """
     if preset.shorter_side:
-        cut = _resize_and_cut(Image.fromarray(image), preset, Image.Resampling.LANCZOS)
+        cut = _resize_and_cut(Image.fromarray(image), preset, preset.resampling)
         x = torch.from_numpy(cut).permute(2, 0, 1) / 255
     else:
         x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255

@@ -176,6 +176,12 @@ def upsample_matrix(n_in: int, n_out: int) -> Tensor:
     return (1 - (pixel - position).abs()).clamp(min=0)
 
 
+def nearest_matrix(n_in: int, n_out: int) -> Tensor:
+    """(n_out, n_in) float64: nearest neighbour, place i reads place i * n_in // n_out."""
+    source = torch.arange(n_out)[:, None] * n_in // n_out
+    return (source == torch.arange(n_in)).double()
+
+
 def gaussian_matrix(n: int, sigma: float, radius: int, border: str = "reflect") -> Tensor:
     """(n, n) float64: convolution with a normalised Gaussian of 2 radius + 1 taps.
 
@@ -313,10 +319,17 @@ def gaussian_factor(scatter: Tensor, d: int, count: int, ridge: float) -> None:
 
 
 def smooth_upsample_matrix(
-    n_in: int, n_out: int, sigma: float = 4.0, radius: int = 16, border: str = "symmetric"
+    n_in: int,
+    n_out: int,
+    sigma: float = 4.0,
+    radius: int = 16,
+    border: str = "symmetric",
+    upsampling: str = "bilinear",
 ) -> Tensor:
-    """(n_out, n_in) float64: bilinear upsampling, then a Gaussian, as one linear map of an axis.
+    """(n_out, n_in) float64: upsampling, then a Gaussian, as one linear map of an axis.
 
     The anomaly map is A_y D A_x^T: both steps are linear and separable, so nothing is approximated.
+    `upsampling` is "bilinear" or "nearest".
     """
-    return gaussian_matrix(n_out, sigma, radius, border) @ upsample_matrix(n_in, n_out)
+    upsample = {"bilinear": upsample_matrix, "nearest": nearest_matrix}[upsampling]
+    return gaussian_matrix(n_out, sigma, radius, border) @ upsample(n_in, n_out)

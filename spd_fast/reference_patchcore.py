@@ -124,28 +124,16 @@ def pooled_patches(layers: Sequence[Tensor], dim: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- score
 
 
-def reweighted_scores(
-    patches: Tensor, distances: Tensor, indices: Tensor, bank: Tensor, neighbors: int
-) -> Tensor:
-    """Image scores of formula 7 of the PatchCore paper.
-
-    With m the patch farthest from the bank, s its distance, m* its nearest item and N_b(m*) the b
-    items nearest to m* (itself among them):
-    s (1 - exp|m - m*| / sum_{n in N_b(m*)} exp|m - n|).
+def reweighted_scores(scores: Tensor, patch: Tensor, around: Tensor) -> Tensor:
+    """Image scores of formula 7 of the PatchCore paper: s (1 - exp|m - m*| / sum_n exp|m - n|).
 
     Args:
-        patches: (B, P, D). distances, indices: (B, P), of each patch's nearest item.
-        bank: (N, D). neighbors: b; 1 means no re-weighting.
+        scores: s (B,), the largest distance of an image's patches to their nearest items.
+        patch: m (B, D), the patch that has it.
+        around: n (B, b, D), the b items nearest to m*, the item nearest to m; m* is the first.
 
     Returns:
         (B,).
     """
-    scores, farthest = distances.max(1)
-    if neighbors == 1:
-        return scores
-    images = torch.arange(len(patches), device=patches.device)
-    m, nearest = patches[images, farthest], indices[images, farthest]
-    _, around = nearest_neighbors(bank[nearest], bank, min(neighbors, len(bank)))  # (B, b)
-    to_around = squared_distances(m[:, None], bank[around]).sqrt()
-    to_nearest = squared_distances(m, bank[nearest]).sqrt()
-    return scores * (1 - (to_nearest - to_around.logsumexp(1)).exp())
+    to_around = squared_distances(patch[:, None], around).sqrt()
+    return scores * (1 - to_around.softmax(1)[:, 0])

@@ -90,3 +90,38 @@ def random_gaussians(positions: int, d: int, seed: int = 0) -> tuple[torch.Tenso
     factor = pack(lower)
     assert factor.shape == (positions, packed_size(d))
     return mean, factor
+
+
+# name -> (points, dimensions, how they lie)
+POINT_CASES = {
+    "one point": (1, 3, "normal"),
+    "one dimension": (50, 1, "normal"),
+    "odd dimensions": (200, 33, "normal"),
+    "whole partial sums": (300, 64, "normal"),
+    "beyond early abandonment": (150, 300, "normal"),
+    "ties everywhere": (400, 6, "integers"),
+    "copies": (120, 40, "copies"),
+    "all the same": (20, 40, "same"),
+    "far from the origin": (200, 70, "far"),
+    "in a plane": (200, 90, "plane"),
+    "tiny": (100, 40, "tiny"),
+    "huge": (100, 40, "huge"),
+}
+
+
+def point_case(name: str, seed: int = 0) -> torch.Tensor:
+    """(N, D) float32 points."""
+    n, d, kind = POINT_CASES[name]
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(n, d, generator=generator)
+    if kind == "integers":
+        points = points.round()
+    if kind == "copies":
+        points = points[torch.randint(n // 3, (n,), generator=generator)]
+    if kind == "same":
+        points = points[:1].expand(n, d)
+    if kind == "far":  # a common part 10^6 times larger than the differences
+        points = 1e-4 * points + 100
+    if kind == "plane":
+        points = points[:, :2] @ torch.randn(2, d, generator=generator)
+    return points * {"tiny": 1e-20, "huge": 1e14}.get(kind, 1.0)

@@ -8,6 +8,7 @@ import pytest
 from spd_fast.ops.backends import native
 
 BUILT = native.build_config() if native else {"instruction_sets": [], "instruction_set": None}
+OPERATIONS = ("augment_views", "mahalanobis", "kcenter")
 OTHERS = [isa for isa in BUILT["instruction_sets"] if isa != BUILT["instruction_set"]]
 
 
@@ -15,7 +16,7 @@ OTHERS = [isa for isa in BUILT["instruction_sets"] if isa != BUILT["instruction_
 def test_operations_are_right_on_every_instruction_set(isa):
     """All other tests run on the best that the processor has; here are the rest."""
     here = Path(__file__).parent
-    files = [str(here / f"test_{operation}.py") for operation in ("augment_views", "mahalanobis")]
+    files = [str(here / f"test_{operation}.py") for operation in OPERATIONS]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not torchvision", *files],
         env=os.environ | {"SPD_FAST_ISA": isa},

@@ -61,7 +61,7 @@ def _greedy_kcenter(
     if not 0 <= start < len(points):
         raise InputError(f"start must be 0..{len(points) - 1}, the index of a point; got {start}")
     chosen = select("greedy_kcenter", backend, points)
-    with tqdm(total=k, desc="coreset", unit="point", disable=not progress) as bar:
+    with tqdm(total=k, desc="coreset", unit="point", delay=1, disable=not progress) as bar:
         return chosen.function(points, k, start, lambda done: bar.update(done - bar.n))
 
 

@@ -1,0 +1,192 @@
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from cases import POINT_CASES, point_case
+from sklearn.neighbors import NearestNeighbors
+from torch.library import opcheck
+
+from spd_fast import InputError, greedy_kcenter
+from spd_fast import reference_patchcore as reference
+from spd_fast.ops.bounds import coordinates, principal_axes, slack
+from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
+
+# ------------------------------------------------------- reference against numpy, anomalib, sklearn
+
+
+@pytest.mark.parametrize("name", POINT_CASES)
+def test_squared_distances_equal_numpy(name):
+    points = point_case(name)
+    x = points.double().numpy()
+    expected = np.square(x - x[-1]).sum(1)
+    ours = reference.squared_distances(points, points[-1]).double().numpy()
+    assert np.abs(ours - expected).max() <= 1e-6 * expected.max()
+    exact = reference.squared_distances(points.double(), points[-1].double()).numpy()
+    assert np.abs(exact - expected).max() <= 1e-14 * expected.max()
+
+
+def anomalib_picks(points: torch.Tensor, k: int, start: int, monkeypatch) -> list[int]:
+    """anomalib's loop on the points as they are: without its random projection and start."""
+    from anomalib.models.components.sampling import k_center_greedy
+
+    sampler = k_center_greedy.KCenterGreedy(points, k / len(points) + 1e-9)
+    assert sampler.coreset_size == k
+    monkeypatch.setattr(sampler.model, "fit", lambda x: None)
+    monkeypatch.setattr(sampler.model, "transform", lambda x: x)
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: torch.tensor([start]))
+    picks = sampler.select_coreset_idxs()
+    monkeypatch.undo()
+    return picks
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("name", ["one dimension", "whole partial sums", "ties everywhere"])
+def test_picks_equal_anomalib(name, backend, monkeypatch):
+    points = point_case(name)
+    theirs = anomalib_picks(points, 40, 7, monkeypatch)
+    assert greedy_kcenter(points, 40, 7, backend=backend).tolist() == theirs
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("k", [1, 9])
+@pytest.mark.parametrize(
+    "name", ["odd dimensions", "whole partial sums", "beyond early abandonment"]
+)
+def test_neighbors_equal_sklearn(name, k, backend):
+    bank, queries = point_case(name), point_case(name, seed=1)[:50]
+    sklearn = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(bank.double().numpy())
+    expected, places = sklearn.kneighbors(queries.double().numpy())
+    distances, indices = nearest_neighbors(queries, prepare_bank(bank), k, backend=backend)
+    torch.testing.assert_close(distances.double(), torch.from_numpy(expected), rtol=1e-5, atol=0)
+    assert np.array_equal(indices.numpy(), places)
+
+
+# -------------------------------------------------------------------- native against the reference
+
+
+@pytest.mark.parametrize("start", [0, -1])
+@pytest.mark.parametrize("name", POINT_CASES)
+def test_native_picks_the_same_points(name, start):
+    """All of them, so that every case ends with nothing but copies of picks, or nothing at all."""
+    points = point_case(name)
+    start %= len(points)
+    native, plain = (
+        greedy_kcenter(points, len(points), start, backend=b) for b in ("native", "reference")
+    )
+    assert torch.equal(native, plain)
+    assert sorted(native.tolist()) == list(range(len(points))) and native[0] == start
+
+
+def test_native_picks_the_same_of_clustered_points():
+    """Enough points for a sample of them to give the axes, several blocks of picks, many ties."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(60, 100, generator=generator) @ torch.randn(100, 100).softmax(1)
+    points = centres[torch.randint(60, (9000,), generator=generator)]
+    points = (points * 8 + torch.randn(9000, 100, generator=generator)).round()
+    native, plain = (greedy_kcenter(points, 300, 5, backend=b) for b in ("native", "reference"))
+    assert torch.equal(native, plain)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", POINT_CASES)
+def test_native_finds_the_same_neighbors(name, k):
+    points = point_case(name)
+    k = min(k, len(points))
+    other = point_case(name, seed=1)
+    queries = torch.cat([other[:37], points[:9], 3 * other[:2]])  # 9 of distance 0, 2 far away
+    bank = prepare_bank(points)
+    native, plain = (
+        nearest_neighbors(queries, bank, k, backend=b) for b in ("native", "reference")
+    )
+    assert torch.equal(native[1], plain[1]) and torch.equal(native[0], plain[0])
+    for threads in (1, 3):
+        again = nearest_neighbors(queries, bank, k, threads=threads)
+        assert torch.equal(again[0], plain[0]) and torch.equal(again[1], plain[1])
+
+
+@pytest.mark.parametrize("count", [2, 16, 32])
+@pytest.mark.parametrize("name", POINT_CASES)
+def test_coordinates_bound_distances_from_below(name, count):
+    points = point_case(name)
+    found = coordinates(points, principal_axes(points[: len(points) // 2 + 1], count))
+    assert found.shape == (len(points), count)
+    bound = torch.cdist(found.double(), found.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact = (points.double()[:, None] - points.double()).norm(dim=2)
+    margin = slack(float(found.norm(dim=1).amax()))
+    assert (bound <= exact * 1.0001 + margin).all()
+    if count > 2 and name in ("in a plane", "one dimension"):  # and it is worth something
+        assert (bound >= 0.99 * exact - margin).all()
+
+
+def test_memory_order_does_not_matter():
+    points = point_case("odd dimensions")
+    expected = greedy_kcenter(points, 50)
+    assert torch.equal(greedy_kcenter(points.T.contiguous().T, 50), expected)
+    assert torch.equal(greedy_kcenter(torch.stack([points] * 2, 2)[:, :, 1], 50), expected)
+
+
+# ------------------------------------------------------------------------ schema, errors, behaviour
+
+
+def test_schemas_and_fakes():
+    utils = ("test_schema", "test_faketensor")
+    points = point_case("odd dimensions")
+    opcheck(torch.ops.spd_fast.greedy_kcenter.default, (points, 9, 3), test_utils=utils)
+    arguments = (points[:5], *prepare_bank(points), 2)
+    opcheck(torch.ops.spd_fast.nearest_neighbors.default, arguments, test_utils=utils)
+
+
+def test_bad_input_is_named():
+    points = point_case("odd dimensions")
+    broken = points.clone()
+    broken[3, 4] = torch.nan
+    for arguments, message in [
+        ((points[0], 1), r"points must be float32 \(N, D\), at least one"),
+        ((points.double(), 1), "torch.float64"),
+        ((points[:0], 1), r"at least one, got torch.float32 \(0, 33\)"),
+        ((points, 0), "k must be 1..200"),
+        ((points, 201), "k must be 1..200, as there are so many points; got 201"),
+        ((points, 5, 200), r"start must be 0..199"),
+        ((points, 5, -1), r"start must be 0..199"),
+        ((broken, 5), "points must be finite"),
+        ((points * 1e20, 5), "at most 1e[+]15 in size"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            greedy_kcenter(*arguments)
+    bank = prepare_bank(points)
+    for arguments, message in [
+        ((points[:, :9], bank), r"queries must be \(Q, 33\) as the bank is"),
+        ((points, bank, 201), "k must be 1..200, as the bank has"),
+        ((points, bank, 0), "k must be 1..200"),
+        ((broken, bank), "queries must be finite"),
+        ((points.half(), bank), "queries must be float32"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            nearest_neighbors(*arguments)
+    with pytest.raises(InputError, match="bank must be finite"):
+        prepare_bank(broken)
+    distances, indices = nearest_neighbors(points[:0], bank, 2)
+    assert distances.shape == indices.shape == (0, 2)
+
+
+def test_other_threads_run_during_a_selection():
+    """The selection lets go of the interpreter, and reports how far it is."""
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    points = torch.randn(6000, 64)
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started = time.perf_counter()
+    greedy_kcenter(points, 1500, progress=True)
+    finished = time.perf_counter()
+    done.set()
+    thread.join()
+    inside = [t for t in ticks if started < t < finished]
+    assert len(inside) >= 5
