@@ -179,7 +179,9 @@ class PatchCore:
         components = self.settings.components or johnson_lindenstrauss(self.patch_count)
         if components < dim:
             projection = random_projection(dim, components, self.settings.sparse, generator)
-            projected = torch.cat([block.float() @ projection for block in blocks])
+            projected = torch.empty(self.patch_count, components)
+            for block, rows in zip(blocks, projected.split([len(block) for block in blocks])):
+                torch.matmul(block.float(), projection, out=rows)
         else:
             projected = torch.cat(blocks).float()
         picks = greedy_kcenter(projected, size, start, progress=True)
