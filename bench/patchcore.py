@@ -236,7 +236,7 @@ def ours_and_theirs(ratio: float):
 
     ours = PatchCore("wide_resnet50_2", "anomalib", ratio, weights="random")
     theirs = PatchcoreModel(["layer2", "layer3"], "wide_resnet50_2", pre_trained=False)
-    state = ours.network.state_dict()
+    state = load_backbone("wide_resnet50_2", "random").state_dict()  # ours are folded
     theirs.feature_extractor.feature_extractor.load_state_dict(state, strict=False)
     return ours, theirs
 

@@ -23,6 +23,7 @@
 #endif
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace py = pybind11;
@@ -487,6 +488,18 @@ static void advise_huge_pages(const py::array& a) {
 #endif
 }
 
+// Gives the whole pages behind an array back to the system; what was in them is lost.
+static void give_back(const py::array& a) {
+#ifdef __linux__
+    require(a.writeable(), "only memory that may be written to can be given back");
+    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), at = uintptr_t(a.data());
+    const uintptr_t begin = (at + page - 1) / page * page, end = (at + a.nbytes()) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+#else
+    (void)a;
+#endif
+}
+
 static py::dict build_config() {
     py::dict config;
     py::list available;
@@ -511,6 +524,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("augment_views", &spd::augment_views);
     m.def("views_are_valid", &spd::views_are_valid);
     m.def("advise_huge_pages", &spd::advise_huge_pages);
+    m.def("give_back", &spd::give_back);
     m.def("philox_uniform", &spd::philox_uniform);
     m.def("mahalanobis_map", &spd::mahalanobis_map);
     m.def("gaussian_update", &spd::gaussian_update);

@@ -1,26 +1,44 @@
 """What the detectors share: features of a network, the checks around them, and marked files."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spd_fast.errors import InputError
 from spd_fast.files import read_state
 from spd_fast.models import FeatureLayers
+from spd_fast.reference import smooth_upsample_matrix
 
 
 def feature_network(backbone: nn.Module, device: torch.device) -> FeatureLayers:
-    """The stem and layer1 to layer3 of a ResNet, ready to be read on a device."""
-    return FeatureLayers(backbone).eval().to(device, memory_format=torch.channels_last)
+    """The stem and layer1 to layer3 of a ResNet, ready to be read on a device.
+
+    Its batch norms are folded into the convolutions before them: it can only be read.
+    """
+    network = FeatureLayers(backbone).eval()
+    _fold_batch_norms(network)
+    return network.to(device, memory_format=torch.channels_last)
 
 
-def read_layers(network: FeatureLayers, images: Tensor, backbone: str) -> list[Tensor]:
+def _fold_batch_norms(module: nn.Module) -> None:
+    """In torchvision's ResNets a batch norm follows its convolution in the order of definition."""
+    convolution = None
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), child))
+            setattr(module, name, nn.Identity())
+        convolution = name
+        _fold_batch_norms(child)
+
+
+def read_layers(network: nn.Module, images: Tensor) -> list[Tensor]:
     """layer1 to layer3 of (B, 3, H, W) normalised images: (B, C_l, H / 2^(l+1), ...).
 
     Raises:
-        InputError: wrong shape or dtype, or the network's output is not finite; the message calls
-            the network `backbone`.
+        InputError: wrong shape or dtype.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise InputError(
@@ -29,7 +47,11 @@ def read_layers(network: FeatureLayers, images: Tensor, backbone: str) -> list[T
     device = next(network.parameters()).device
     images = images.to(device, torch.float32, memory_format=torch.channels_last)
     with torch.inference_mode():
-        layers = network(images)
+        return network(images)
+
+
+def refuse_not_finite(layers: list[Tensor], backbone: str) -> None:
+    """Raise InputError if a feature is NaN or infinite; `backbone` is what it calls the network."""
     for number, layer in enumerate(layers, 1):
         if not bool(layer.isfinite().all()):
             bad = (~layer.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
@@ -37,7 +59,6 @@ def read_layers(network: FeatureLayers, images: Tensor, backbone: str) -> list[T
                 f"layer{number} of {backbone} has NaN or infinite features for images "
                 f"{bad} of the batch: check the images and the weights"
             )
-    return layers
 
 
 def check_image_size(images: Tensor, fitted: tuple[int, int], detector: str) -> None:
@@ -49,13 +70,32 @@ def check_image_size(images: Tensor, fitted: tuple[int, int], detector: str) -> 
         )
 
 
-def read_marked(path: str | Path, detector: str, mark: str, version: int) -> dict:
+@lru_cache(maxsize=32)
+def _smoothing(n_in: int, n_out: int, border: str, upsampling: str, device: str) -> Tensor:
+    matrix = smooth_upsample_matrix(n_in, n_out, border=border, upsampling=upsampling)
+    return matrix.to(device, torch.float32)
+
+
+def smooth_upsample(
+    distances: Tensor, size: tuple[int, int], border: str, upsampling: str = "bilinear"
+) -> Tensor:
+    """(B, h, w) distances -> (B, *size) maps, see `reference.smooth_upsample_matrix`."""
+    along_y, along_x = (
+        _smoothing(n_in, n_out, border, upsampling, str(distances.device))
+        for n_in, n_out in zip(distances.shape[1:], size)
+    )
+    return along_y @ distances @ along_x.mT
+
+
+def read_marked(
+    path: str | Path, detector: str, mark: str, version: int, mmap: bool = False
+) -> dict:
     """What a detector's `save` wrote: a dictionary with its mark and version.
 
     Raises:
         InputError: the file is missing, damaged, something else, or of another version.
     """
-    state = read_state(path, f"a saved {detector}")
+    state = read_state(path, f"a saved {detector}", mmap)
     if not isinstance(state, dict) or state.get("format") != mark:
         raise InputError(f"{path} is not a saved {detector}: it lacks the mark {mark!r}")
     if state.get("version") != version:

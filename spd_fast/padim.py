@@ -9,10 +9,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spd_fast.detector import check_image_size, feature_network, read_layers, read_marked
+from spd_fast.detector import (
+    check_image_size,
+    feature_network,
+    read_layers,
+    read_marked,
+    refuse_not_finite,
+    smooth_upsample,
+)
 from spd_fast.errors import InputError
 from spd_fast.files import save_state
 from spd_fast.models import load_backbone, new_backbone, pick_device
+from spd_fast.ops.backends import native
 from spd_fast.ops.mahalanobis import (
     FACTOR_DTYPES,
     gaussian_factor,
@@ -20,9 +28,10 @@ from spd_fast.ops.mahalanobis import (
     mahalanobis_map,
 )
 from spd_fast.preprocess import find_preset
-from spd_fast.reference import packed_size, smooth_upsample_matrix
+from spd_fast.reference import packed_size
 
-FORMAT, VERSION = "spd-fast padim", 1
+FORMAT, VERSION = "spd-fast padim", 2
+FIT_BLOCK = 32  # images folded in at a time: the scatter is read and written once for all of them
 # Kept channels: of the PaDiM paper, and for ResNet-50 by analogy with WideResNet-50.
 N_FEATURES = {"resnet18": 100, "resnet50": 550, "wide_resnet50_2": 550}
 
@@ -34,6 +43,8 @@ class PaDiM:
     kept as packed whitening factors, half (float32) or a quarter (float16) of the bytes of their
     inverses.
 
+    `fit` does it all; `update`, `merge` and `finish` are its steps, for a loop of your own.
+
     Args:
         backbone: a torchvision ResNet by name; features are those of its layer1 to layer3.
         n_features: channels kept at random of all that the layers have; None: as in the PaDiM
@@ -43,6 +54,8 @@ class PaDiM:
         weights: "imagenet", "random", or a file: our checkpoint or a torchvision state dict.
         seed: of the choice of channels, and of random weights.
         device: where the network and the Gaussians live.
+        compile: run the network through torch.compile, which needs a C++ compiler on a CPU; the
+            first batch of every size then takes minutes.
 
     Raises:
         InputError: an unknown name, or weights that cannot be had or do not fit the backbone.
@@ -57,9 +70,10 @@ class PaDiM:
         weights: str | Path = "imagenet",
         seed: int = 0,
         device: str | torch.device = "cpu",
+        compile: bool = False,
     ):
         self._configure(backbone, preset, factor_dtype, device)
-        self.network = feature_network(load_backbone(backbone, weights, seed=seed), self.device)
+        self._use(load_backbone(backbone, weights, seed=seed), compile)
         total = self._count_channels()
         wanted = N_FEATURES.get(backbone) if n_features is None else n_features
         if wanted is None:
@@ -77,9 +91,19 @@ class PaDiM:
         self.backbone, self.preset, self.factor_dtype = backbone, preset, factor_dtype
         self.settings = find_preset(preset)
         self.device = pick_device(device)
-        self.channels = self.mean = self.factor = None
+        self.channels = None
+        self._forget()
+
+    def _use(self, backbone: torch.nn.Module, compile: bool) -> None:
+        self.network = feature_network(backbone, self.device)
+        self._run = torch.compile(self.network) if compile else self.network
+
+    def _forget(self) -> None:
         self.count = 0  # images fitted
         self.image_size: tuple[int, int] | None = None
+        self.grid: tuple[int, int] | None = None  # height and width of layer1
+        self.mean = self.factor = None
+        self.scatter = None  # while fitting; becomes the factor
 
     @torch.inference_mode()
     def _count_channels(self) -> int:
@@ -92,40 +116,124 @@ class PaDiM:
         Raises:
             InputError: wrong shape or dtype, or the network's output is not finite.
         """
-        return read_layers(self.network, images, self.backbone)
+        layers = read_layers(self._run, images)
+        refuse_not_finite(layers, self.backbone)
+        return layers
 
-    def fit(self, batches: Iterable[Tensor]) -> "PaDiM":
-        """Fit to normal images.
+    def fit(self, batches: Iterable[Tensor], distributed: bool = False) -> "PaDiM":
+        """Fit to normal images, forgetting what was fitted before.
 
         Args:
             batches: of (B, 3, H, W) float images, normalised as `spd_fast.preprocess` does; all of
                 one size.
+            distributed: `batches` are this rank's part of the images, and every rank ends with the
+                model of all; torch.distributed must be initialised, as by torchrun.
 
         Returns:
             self.
 
         Raises:
-            InputError: fewer than two images, several image sizes, features that are not finite.
+            InputError: fewer than two images, several image sizes, features that are not finite,
+                or a rank without an image.
         """
-        self.mean = self.factor = self.image_size = None
-        self.count = 0
-        scatter = None
+        self._forget()
+        waiting: list[list[Tensor]] = []
         for images in batches:
-            layers = self.features(images)
-            if scatter is None:
-                height, width = layers[0].shape[2:]
-                positions, d = height * width, len(self.channels)
-                mean = torch.zeros(positions, d, device=self.device)
-                scatter = torch.zeros(positions, packed_size(d), device=self.device)
-                self.image_size = tuple(images.shape[2:])
-            check_image_size(images, self.image_size, "PaDiM")
-            gaussian_update(layers, self.channels, self.count, mean, scatter)
-            self.count += len(images)
-        if self.count < 2:
-            raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {self.count}")
-        gaussian_factor(scatter, len(self.channels), self.count, self.settings.ridge)
-        self.mean, self.factor = mean, scatter.to(getattr(torch, self.factor_dtype))
+            waiting.append(self._layers_to_fit(images))
+            if sum(len(layers[0]) for layers in waiting) >= FIT_BLOCK:
+                self._fold(waiting)
+                waiting = []
+        if waiting:
+            self._fold(waiting)
+        if distributed:
+            self._merge_ranks()
+        return self.finish()
+
+    def update(self, images: Tensor) -> "PaDiM":
+        """Fold (B, 3, H, W) normal images in. Best in batches of 32; `finish` ends the fit."""
+        self._fold([self._layers_to_fit(images)])
         return self
+
+    def merge(self, other: "PaDiM") -> "PaDiM":
+        """Add the images that `other` was given by `update`; neither may be finished yet.
+
+        Raises:
+            InputError: one of them is finished or has no images, or they differ in backbone,
+                kept channels or image size.
+        """
+        for model in (self, other):
+            if model.scatter is None:
+                raise InputError("merge needs two PaDiMs after update() and before finish()")
+        mine, theirs = ((m.backbone, m.image_size, m.channels.tolist()) for m in (self, other))
+        if mine != theirs:
+            raise InputError(
+                f"only PaDiMs of one backbone, image size and list of channels can be merged, got "
+                f"{mine[:2]} and {theirs[:2]}"
+            )
+        total = self.count + other.count
+        shift = other.mean - self.mean
+        self._add_outer_product(shift, self.count * other.count / total)
+        self.scatter += other.scatter
+        self.mean += shift * (other.count / total)
+        self.count = total
+        return self
+
+    def finish(self) -> "PaDiM":
+        """Turn the running scatter into the factor; the memory of the scatter becomes its own.
+
+        Raises:
+            InputError: fewer than two images.
+        """
+        if self.count < 2 or self.scatter is None:
+            raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {self.count}")
+        gaussian_factor(self.scatter, len(self.channels), self.count, self.settings.ridge)
+        self.factor = _narrowed(self.scatter, getattr(torch, self.factor_dtype))
+        self.scatter = None
+        return self
+
+    def _layers_to_fit(self, images: Tensor) -> list[Tensor]:
+        if self.factor is not None:
+            raise InputError("this PaDiM is finished: fit() starts anew")
+        layers = self.features(images)
+        if self.image_size is None:
+            self.image_size, self.grid = tuple(images.shape[2:]), tuple(layers[0].shape[2:])
+        check_image_size(images, self.image_size, "PaDiM")
+        return layers
+
+    def _fold(self, blocks: list[list[Tensor]]) -> None:
+        layers = blocks[0] if len(blocks) == 1 else [torch.cat(layer) for layer in zip(*blocks)]
+        if self.scatter is None:
+            positions, d = self.grid[0] * self.grid[1], len(self.channels)
+            self.mean = torch.zeros(positions, d, device=self.device)
+            self.scatter = torch.zeros(positions, packed_size(d), device=self.device)
+        gaussian_update(layers, self.channels, self.count, self.mean, self.scatter)
+        self.count += len(layers[0])
+
+    def _add_outer_product(self, x: Tensor, weight: float) -> None:
+        """scatter += weight x x^T for x (P, d): what folding one image sqrt(2 weight) x into the
+        mean 0 of one image before adds."""
+        d = len(self.channels)
+        image = ((2 * weight) ** 0.5 * x).view(1, *self.grid, d).permute(0, 3, 1, 2)
+        every = torch.arange(d, device=self.device)
+        gaussian_update([image], every, 1, torch.zeros_like(self.mean), self.scatter)
+
+    def _merge_ranks(self) -> None:
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            raise InputError("a distributed fit needs torch.distributed.init_process_group first")
+        counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
+        counts[dist.get_rank()] = self.count
+        dist.all_reduce(counts)
+        if not bool(counts.all()):
+            raise InputError(f"every rank needs an image to fit, they have {counts.tolist()}")
+        own, total = self.count, int(counts.sum())
+        mean = self.mean.double() * (own / total)
+        dist.all_reduce(mean)
+        self._add_outer_product(self.mean - mean.float(), own)
+        for part in self.scatter.split(64):  # so that no large buffer is needed
+            dist.all_reduce(part)
+        self.mean, self.count = mean.float(), total
 
     def score(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps and image scores.
@@ -142,14 +250,12 @@ class PaDiM:
         """
         if self.factor is None:
             raise InputError("this PaDiM is not fitted: call fit() or load() first")
-        layers = self.features(images)
+        layers = read_layers(self._run, images)
         check_image_size(images, self.image_size, "PaDiM")
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
-        along_y, along_x = (
-            smooth_upsample_matrix(n_in, n_out, border=self.settings.border).to(distances)
-            for n_in, n_out in zip(distances.shape[1:], self.image_size)
-        )
-        maps = along_y @ distances @ along_x.mT
+        if not bool(distances.isfinite().all()):  # much smaller than the layers, which cause it
+            refuse_not_finite(layers, self.backbone)
+        maps = smooth_upsample(distances, self.image_size, self.settings.border)
         return maps, maps.amax((1, 2))
 
     def save(self, path: str | Path) -> None:
@@ -172,17 +278,19 @@ class PaDiM:
         save_state(path, state)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "PaDiM":
-        """Read what `save` wrote.
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", compile: bool = False
+    ) -> "PaDiM":
+        """Read what `save` wrote. On the CPU the factor stays in the file, mapped into memory.
 
         Raises:
             InputError: the file is missing or is not a saved PaDiM.
         """
-        state = read_marked(path, "PaDiM", FORMAT, VERSION)
+        state = read_marked(path, "PaDiM", FORMAT, VERSION, mmap=True)
         model = cls.__new__(cls)
         try:
             model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)
-            model.network = feature_network(new_backbone(state["backbone"]), model.device)
+            model._use(new_backbone(state["backbone"]), compile)
             model.network.load_state_dict(state["network"])
             model.count, model.image_size = state["count"], tuple(state["image_size"])
             for name in ("channels", "mean", "factor"):
@@ -190,3 +298,16 @@ class PaDiM:
         except (KeyError, RuntimeError) as error:  # a part is missing or of another shape
             raise InputError(f"{path} is a damaged PaDiM: {error}") from error
         return model
+
+
+def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype. The memory of a factor on the CPU is given back as it is read, so that
+    both never stand side by side."""
+    if factor.dtype == dtype:
+        return factor
+    narrow = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    for to, rows in zip(narrow.split(64), factor.split(64)):
+        to.copy_(rows)
+        if native is not None and rows.device.type == "cpu":
+            native.give_back(rows.numpy())
+    return narrow

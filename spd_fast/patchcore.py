@@ -14,14 +14,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from spd_fast.detector import check_image_size, feature_network, read_layers, read_marked
+from spd_fast.detector import (
+    check_image_size,
+    feature_network,
+    read_layers,
+    read_marked,
+    refuse_not_finite,
+    smooth_upsample,
+)
 from spd_fast.errors import InputError
 from spd_fast.files import save_state
 from spd_fast.models import load_backbone, new_backbone, pick_device
 from spd_fast.ops.kcenter import greedy_kcenter
 from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
 from spd_fast.preprocess import Preset, find_preset
-from spd_fast.reference import smooth_upsample_matrix
 from spd_fast.reference_patchcore import mean_patches, reweighted_scores
 
 FORMAT, VERSION = "spd-fast patchcore", 1
@@ -125,7 +131,8 @@ class PatchCore:
         Raises:
             InputError: wrong shape or dtype, or features that are not finite.
         """
-        layers = read_layers(self.network, images, self.backbone)[1:]  # layer2 and layer3
+        layers = read_layers(self.network, images)[1:]  # layer2 and layer3
+        refuse_not_finite(layers, self.backbone)
         with torch.inference_mode():
             if self.settings.patch_dim is None:
                 found = mean_patches(layers)
@@ -209,13 +216,10 @@ class PatchCore:
             found.view(patches.shape[:3])
             for found in nearest_neighbors(patches.flatten(0, 2), self.bank)
         )
-        along_y, along_x = (
-            smooth_upsample_matrix(
-                n_in, n_out, border=self.settings.border, upsampling=self.settings.upsampling
-            ).to(distances)
-            for n_in, n_out in zip(distances.shape[1:], self.image_size)
+        maps = smooth_upsample(
+            distances, self.image_size, self.settings.border, self.settings.upsampling
         )
-        return along_y @ distances @ along_x.mT, self._image_scores(patches, distances, indices)
+        return maps, self._image_scores(patches, distances, indices)
 
     def _image_scores(self, patches: Tensor, distances: Tensor, indices: Tensor) -> Tensor:
         scores, farthest = distances.flatten(1).max(1)

@@ -1,3 +1,9 @@
+import copy
+import os
+import subprocess
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +13,9 @@ from scipy.spatial.distance import mahalanobis
 from skimage import data as photographs
 
 from spd_fast import InputError, PaDiM, reference
+from spd_fast.detector import feature_network
+from spd_fast.models import FeatureLayers, load_backbone
+from spd_fast.ops.backends import native
 from spd_fast.preprocess import PRESETS, displayed_image, prepare_image, prepare_mask
 
 
@@ -40,7 +49,7 @@ def test_map_equals_anomalib():
     model, train = fitted("anomalib")
     theirs = PadimModel("resnet18", ["layer1", "layer2", "layer3"], pre_trained=False)
     missing = theirs.feature_extractor.feature_extractor.load_state_dict(
-        model.network.state_dict(), strict=False
+        load_backbone("resnet18", "random").state_dict(), strict=False
     )
     assert not [name for name in missing.missing_keys if not name.startswith("layer4")]
     theirs.idx = model.channels.clone()
@@ -94,6 +103,106 @@ def test_half_precision_factor():
     assert half.factor.dtype == torch.float16
     maps, _ = model.score(train[:3])
     assert ((half.score(train[:3])[0] - maps).abs() / maps).max() < 2e-3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_folded_batch_norms_change_nothing(name):
+    backbone = load_backbone(name, "random")
+    generator = torch.Generator().manual_seed(0)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for values in (module.weight, module.bias, module.running_mean, module.running_var):
+                values.data.uniform_(0.5, 1.5, generator=generator)
+    images = photo_crops(2, "paper")
+    with torch.no_grad():
+        expected = FeatureLayers(copy.deepcopy(backbone)).eval()(images)
+        folded = feature_network(backbone, torch.device("cpu"))
+        layers = folded(images)
+    assert not [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for ours, theirs in zip(layers, expected):
+        assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_compiled_network_gives_the_same(monkeypatch):
+    # captured as for any backend, but not translated to C++, which takes a minute
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, train = fitted("paper", n_features=8)
+    compiled = PaDiM(weights="random", n_features=8, compile=True)
+    compiled.mean, compiled.factor = model.mean, model.factor
+    compiled.image_size = model.image_size
+    for ours, theirs in zip(compiled.score(train[:2]), model.score(train[:2])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_merged_parts_equal_one_fit():
+    train = photo_crops(12, "paper")
+    whole = PaDiM(weights="random", n_features=20).fit([train])
+    first, second = (PaDiM(weights="random", n_features=20) for _ in range(2))
+    for images in train[:5].split(3):
+        first.update(images)
+    merged = first.merge(second.update(train[5:])).finish()
+    assert merged.count == 12
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        merged.score(train[:2])[0], whole.score(train[:2])[0], rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(InputError, match=r"after update\(\) and before finish\(\)"):
+        merged.merge(second)
+    with pytest.raises(InputError, match=r"finished: fit\(\) starts anew"):
+        merged.update(train)
+    other = PaDiM(weights="random", n_features=20, seed=1).update(train)
+    with pytest.raises(InputError, match="one backbone, image size and list of channels"):
+        second.merge(other)
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from spd_fast import InputError, PaDiM
+dist.init_process_group("gloo")
+train = torch.load(sys.argv[1])
+part = train.split([2, 10])[dist.get_rank()]
+model = PaDiM(weights="random", n_features=20).fit(part.split(4), distributed=True)
+model.save(f"{sys.argv[2]}/{dist.get_rank()}.pt")
+try:
+    model.fit(part.split(4) if dist.get_rank() else [], distributed=True)
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_fit_spread_over_ranks_equals_one_fit(tmp_path):
+    train = photo_crops(12, "paper")
+    torch.save(train, tmp_path / "train.pt")
+    (tmp_path / "rank.py").write_text(RANK)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+            *(str(tmp_path / "rank.py"), str(tmp_path / "train.pt"), str(tmp_path)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("every rank needs an image to fit, they have [0, 10]") == 2
+    whole = PaDiM(weights="random", n_features=20).fit([train])
+    maps, _ = whole.score(train[:2])
+    for rank in range(2):
+        model = PaDiM.load(tmp_path / f"{rank}.pt")
+        assert model.count == 12
+        torch.testing.assert_close(model.score(train[:2])[0], maps, rtol=1e-3, atol=1e-3)
+
+
+def test_memory_given_back_is_zero_and_nothing_beside_it():
+    if native is None:
+        pytest.skip("spd_fast._C is not built")
+    memory = torch.ones(1 << 20)
+    native.give_back(memory[1000:-1000].numpy())
+    pages = (memory == 0).nonzero().flatten()
+    assert len(pages) > (1 << 20) - 2000 - 2048  # all but a page at either end
+    assert pages[0] >= 1000 and pages[-1] < (1 << 20) - 1000
+    assert int(memory.sum()) == (1 << 20) - len(pages)
 
 
 @pytest.mark.parametrize("factor_dtype", ["float32", "float16", "bfloat16"])
@@ -150,6 +259,10 @@ def test_wrong_use_is_named(tmp_path):
         PaDiM.load(tmp_path / "other.pt")
     model.fit([train])
     model.save(tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cut.pt is not a saved PaDiM, or is damaged"):
+        PaDiM.load(tmp_path / "cut.pt")
     state = torch.load(tmp_path / "whole.pt", weights_only=True)
     torch.save(state | {"version": 99}, tmp_path / "new.pt")
     with pytest.raises(InputError, match="has version 99"):

@@ -14,7 +14,7 @@ from test_padim import defective, photo_crops
 from spd_fast import InputError, PatchCore
 from spd_fast import reference_patchcore as reference
 from spd_fast.cli import main
-from spd_fast.models import new_backbone
+from spd_fast.models import load_backbone, new_backbone
 from spd_fast.patchcore import (
     PRESETS,
     johnson_lindenstrauss,
@@ -53,7 +53,7 @@ def anomalib_model(model: PatchCore):
         ["layer2", "layer3"], model.backbone, pre_trained=False, num_neighbors=model.n_neighbors
     )
     missing = theirs.feature_extractor.feature_extractor.load_state_dict(
-        model.network.state_dict(), strict=False
+        load_backbone(model.backbone, "random", seed=model.seed).state_dict(), strict=False
     )
     assert not [name for name in missing.missing_keys if not name.startswith("layer4")]
     return theirs.eval()
