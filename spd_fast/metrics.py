@@ -2,21 +2,30 @@
 
 Recall changes only at the scores of anomalous items ("positives"), so every number here follows
 from, per distinct positive score u, how many positives are >= u and how many negatives are > u and
->= u. Sorting the two classes apart and looking the few positives up among the many negatives gives
-these counts, exact with ties, without ever sorting or copying all scores together. A higher score
-means more anomalous throughout.
+>= u. A first pass over the scores collects the positives and sorts them. A second one counts the
+negatives: it sorts them a chunk at a time, searches the distinct positives in the chunk, and adds
+up. So the result is exact with ties, memory holds the positives and one chunk, and as counts are
+whole numbers the result is the same to the bit however the scores are cut. A higher score means
+more anomalous throughout.
 """
 
 import heapq
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from scipy import ndimage
+from tqdm import tqdm
 
 from spd_fast.errors import InputError
 
 PRO_LIMIT = 0.3  # AU-PRO is the area up to this false positive rate, divided by it
 EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
+# Negatives sorted at a time. A search costs several times what a sorted negative does, hence a
+# chunk of 8 negatives or more for each positive searched in it.
+CHUNK, CHUNK_PER_POSITIVE = 1 << 24, 8
+LONG = 1 << 28  # pixels from which on a pass shows its progress unasked: several seconds
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,17 @@ class Metrics:
     max_f1: float
     threshold: float
     au_pro: float | None = None
+
+
+@dataclass(frozen=True)
+class _Positives:
+    """What the first pass over all items finds."""
+
+    score: np.ndarray  # of the anomalous items, ascending
+    weight: np.ndarray | None  # 1 / (regions * pixels of the item's region), in the same order
+    n_negative: int
+    lowest: np.floating  # of all items
+    highest: np.floating
 
 
 @dataclass(frozen=True)
@@ -62,50 +82,62 @@ def image_metrics(scores, labels) -> Metrics:
     """
     if len(scores) and np.ndim(scores[0]) != 0:
         raise InputError(f"image score 0 has shape {np.shape(scores[0])}, expected one number")
-    return _metrics(_count_unsorted(scores, labels))
+    return _metrics(_count_all(scores, labels))
 
 
-def pixel_metrics(maps, masks, compat: str | None = None) -> Metrics:
+def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None = None) -> Metrics:
     """Metrics of score maps (N, H, W), or N maps (H, W) of any sizes, against masks of their sizes.
 
     All images enter, the normal ones with an empty mask. A mask is bool, or a number that is > 0
-    where anomalous. float32 maps are kept in float32. AU-PRO averages the recall over the
-    8-connected regions of the masks and is the area up to a false positive rate of 0.3, over 0.3.
+    where anomalous. float16 and float32 maps are compared in float32. AU-PRO averages the recall
+    over the 8-connected regions of the masks and is the area up to a false positive rate of 0.3,
+    over 0.3.
+
+    Both may be any sequences: only `len(x)` and `x[i]` are used, once per image in each of two
+    passes. So `np.memmap` or an object that reads image i when indexed does for sets that do not
+    fit the memory, which holds the scores of all anomalous pixels (about 100 bytes for each) and
+    those of max(2^24, 8 for each anomalous one) normal pixels.
 
     compat="spot-diff": `au_roc` and `au_pr` are those of VisA's published script, which places 202
     thresholds by the scores of the anomalous pixels and rounds the areas to 4 decimals.
 
+    progress: show a bar for each pass; None: if there are many pixels.
+
     Raises:
-        InputError: no maps, shapes that differ, scores that are not finite, or only one class.
+        InputError: no maps, shapes that differ, scores that are not finite, only one class, or a
+            second pass that meets other masks than the first.
     """
     if compat not in (None, "spot-diff"):
         raise InputError(f"unknown compat {compat!r}, expected None or 'spot-diff'")
-    _check_maps(maps)
-    positive, negative = _split(maps, masks)
-    order = np.argsort(positive)
-    positive, negative = positive[order], np.sort(negative)
-    exact = asdict(_metrics(_count(positive, negative)))
+    found = _find_positives(maps, masks, progress, regions=True)
+    thresholds = found.score[:0] if compat is None else _spot_diff_thresholds(found)
+    counts, fp = _count(maps, masks, found, thresholds, progress)
+    exact = asdict(_metrics(counts))
     # with weights 1 / (regions * pixels of the region) the mean recall of regions is one recall
-    regions = _count(positive, negative, _region_weights(masks)[order])
+    regions = replace(counts, tp=np.cumsum(found.weight[::-1])[counts.tp - 1])
     au_pro = _area_to(PRO_LIMIT, *_roc(regions)) / PRO_LIMIT
     exact["au_pro"] = min(au_pro, 1.0)  # against rounding
     if compat == "spot-diff":
-        exact |= _spot_diff_areas(positive, negative)
+        exact |= _spot_diff_areas(found, thresholds, fp)
     return Metrics(**exact)
 
 
-def roc_curve(scores, labels, points: int = 300) -> tuple[np.ndarray, np.ndarray]:
+def roc_curve(
+    scores, labels, points: int = 300, progress: bool | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(false positive rate, recall) from (0, 0) to (1, 1), for plotting.
 
     Takes scores and labels (N,), or maps and masks as `pixel_metrics` does. Of the exact curve at
     most `points` vertices are kept, both ends among them, so chosen that its shape stays.
     """
-    return _thin(*_roc(_count_unsorted(scores, labels)), points)
+    return _thin(*_roc(_count_all(scores, labels, progress)), points)
 
 
-def pr_curve(scores, labels, points: int = 300) -> tuple[np.ndarray, np.ndarray]:
+def pr_curve(
+    scores, labels, points: int = 300, progress: bool | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(recall, precision) from (0, 1) to (1, prevalence), for plotting; else as `roc_curve`."""
-    counts = _count_unsorted(scores, labels)
+    counts = _count_all(scores, labels, progress)
     n_positive = counts.tp[-1]
     recall = _interleave(counts.tp_above, counts.tp) / n_positive
     precision = _interleave(*_precisions(counts))
@@ -115,36 +147,28 @@ def pr_curve(scores, labels, points: int = 300) -> tuple[np.ndarray, np.ndarray]
 
 
 # --------------------------------------------------------------------------------------------------
-# Input: the scores of the two classes, checked
+# Input: the items of both classes, checked, as often as they are needed
 
 
-def _split(scores, labels) -> tuple[np.ndarray, np.ndarray]:
-    """The scores of the anomalous and of the normal items, in the order in which they came."""
-    if len(scores) != len(labels):
-        raise InputError(f"there are {len(scores)} scores but {len(labels)} labels or masks")
-    if len(scores) == 0:
-        raise InputError("there are no scores to evaluate, expected at least one of each class")
+def _pieces(
+    scores, labels, title: str, progress: bool | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores and whether they are anomalous: image by image, or all at once if given flat."""
     if np.ndim(scores[0]) == 0:
-        parts = [_split_one(_floats(scores), _zero_one(labels), "the labels")]
-    else:
-        parts = [
-            _split_one(_floats(scores[i]), np.asarray(labels[i]) > 0, f"the mask of image {i}")
-            for i in range(len(scores))
-        ]
-    positive, negative = (np.concatenate(kind) for kind in zip(*parts, strict=True))
-    _check_finite(scores, positive, negative)
-    if not positive.size or not negative.size:
-        present = "anomalous" if positive.size else "normal"
-        raise InputError(f"everything is {present}, but the metrics need both classes")
-    return positive, negative
+        yield _same_shape(_floats(scores), _zero_one(labels), "the labels")
+        return
+    if progress is None:
+        progress = len(scores) * math.prod(np.shape(scores[0])) >= LONG
+    for i in tqdm(range(len(scores)), desc=title, unit="image", disable=not progress):
+        yield _same_shape(_floats(scores[i]), np.asarray(labels[i]) > 0, f"the mask of image {i}")
 
 
-def _split_one(scores: np.ndarray, anomalous: np.ndarray, what: str):
+def _same_shape(scores: np.ndarray, anomalous: np.ndarray, what: str):
     if scores.shape != anomalous.shape:
         raise InputError(
             f"{what} and the scores differ in shape, {anomalous.shape} and {scores.shape}"
         )
-    return scores[anomalous], scores[~anomalous]
+    return scores, anomalous
 
 
 def _floats(values) -> np.ndarray:
@@ -155,21 +179,15 @@ def _floats(values) -> np.ndarray:
 
 def _zero_one(labels) -> np.ndarray:
     labels = np.asarray(labels)
+    if labels.dtype == bool:
+        return labels
     wrong = labels[(labels != 0) & (labels != 1)]
     if wrong.size:
         raise InputError(f"a label is {wrong[0]}, expected 0 (normal) or 1 (anomalous)")
     return labels == 1
 
 
-def _check_maps(maps) -> None:
-    for i in range(len(maps)):
-        if np.ndim(maps[i]) != 2:
-            raise InputError(f"score map {i} has shape {np.shape(maps[i])}, expected (H, W)")
-
-
-def _check_finite(scores, positive: np.ndarray, negative: np.ndarray) -> None:
-    if np.isfinite(positive).all() and np.isfinite(negative).all():
-        return
+def _raise_not_finite(scores) -> None:
     bad = [int(np.count_nonzero(~np.isfinite(_floats(scores[i])))) for i in range(len(scores))]
     images = np.flatnonzero(bad)
     raise InputError(
@@ -179,35 +197,117 @@ def _check_finite(scores, positive: np.ndarray, negative: np.ndarray) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Counts and what follows from them
+# The two passes
 
 
-def _count_unsorted(scores, labels) -> _Counts:
-    return _count(*(np.sort(kind) for kind in _split(scores, labels)))
-
-
-def _count(positive: np.ndarray, negative: np.ndarray, weights=None) -> _Counts:
-    """Counts at the distinct positive scores; both classes sorted, `weights` of the positives."""
-    first = np.concatenate([[0], np.flatnonzero(positive[1:] != positive[:-1]) + 1])
-    score = positive[first]
-    if weights is None:
-        tp = positive.size - first
+def _find_positives(
+    scores, labels, progress: bool | None = None, regions: bool = False
+) -> _Positives:
+    """The first pass. regions: the items are maps, and their pixels are weighed by region."""
+    if len(scores) != len(labels):
+        raise InputError(f"there are {len(scores)} scores but {len(labels)} labels or masks")
+    if len(scores) == 0:
+        raise InputError("there are no scores to evaluate, expected at least one of each class")
+    positive, weights, extremes = [], [], []
+    n_negative = n_regions = 0
+    for i, (values, anomalous) in enumerate(_pieces(scores, labels, "anomalous pixels", progress)):
+        if regions and values.ndim != 2:
+            raise InputError(f"score map {i} has shape {values.shape}, expected (H, W)")
+        if values.size:
+            extremes.append([values.min(), values.max()])  # NaN if any score is
+            if not np.isfinite(extremes[-1]).all():
+                _raise_not_finite(scores)
+        found = values[anomalous]
+        n_negative += values.size - found.size
+        positive.append(found)
+        if regions and found.size:
+            region, n = ndimage.label(anomalous, structure=EIGHT_NEIGHBOURS)
+            region = region[anomalous]
+            weights.append(1.0 / np.bincount(region)[region])
+            n_regions += n
+    positive = np.concatenate(positive)
+    if not positive.size or not n_negative:
+        present = "anomalous" if positive.size else "normal"
+        raise InputError(f"everything is {present}, but the metrics need both classes")
+    weight = None
+    if regions:
+        order = np.argsort(positive)
+        positive, weight = positive[order], np.concatenate(weights)[order] / n_regions
     else:
-        tp = np.cumsum(weights[::-1])[positive.size - 1 - first]
-    return _Counts(
-        score=score[::-1],
-        tp=tp[::-1],
-        fp_above=negative.size - np.searchsorted(negative, score, side="right")[::-1],
-        fp=negative.size - np.searchsorted(negative, score, side="left")[::-1],
-        n_negative=negative.size,
+        positive.sort()
+    lowest, highest = np.min(extremes, axis=0)[0], np.max(extremes, axis=0)[1]
+    return _Positives(positive, weight, n_negative, lowest, highest)
+
+
+def _count_all(scores, labels, progress: bool | None = None) -> _Counts:
+    found = _find_positives(scores, labels, progress)
+    return _count(scores, labels, found, found.score[:0], progress)[0]
+
+
+def _count(
+    scores, labels, found: _Positives, thresholds: np.ndarray, progress: bool | None
+) -> tuple[_Counts, np.ndarray]:
+    """The second pass: counts at the distinct positive scores; negatives > each threshold."""
+    first = np.concatenate([[0], np.flatnonzero(found.score[1:] != found.score[:-1]) + 1])
+    points = np.concatenate([found.score[first], thresholds])
+    below = np.zeros(points.size, dtype=np.int64)  # negatives < point
+    up_to = np.zeros(points.size, dtype=np.int64)  # negatives <= point
+    size = min(max(CHUNK, CHUNK_PER_POSITIVE * points.size), found.n_negative)
+    n_negative = 0
+    pieces = _pieces(scores, labels, "normal pixels", progress)
+    for chunk in _sorted_negatives(pieces, np.empty(size, found.lowest.dtype)):
+        n_negative += chunk.size
+        below += np.searchsorted(chunk, points, side="left")
+        up_to += np.searchsorted(chunk, points, side="right")
+    if n_negative != found.n_negative:
+        raise InputError(
+            f"there were {found.n_negative} normal items on the first pass but {n_negative} on "
+            "the second: the scores and labels must stay the same"
+        )
+    counts = _Counts(
+        score=found.score[first][::-1],
+        tp=found.score.size - first[::-1],
+        fp_above=n_negative - up_to[first.size - 1 :: -1],
+        fp=n_negative - below[first.size - 1 :: -1],
+        n_negative=n_negative,
     )
+    return counts, n_negative - up_to[first.size :]
+
+
+def _sorted_negatives(pieces, buffer: np.ndarray) -> Iterator[np.ndarray]:
+    """The scores of the normal items, in sorted chunks of the buffer's size (the last: the rest).
+
+    A chunk lies in `buffer`, which the next one overwrites.
+    """
+    filled = 0
+    for scores, anomalous in pieces:
+        negative = scores[~anomalous]
+        while negative.size:
+            taken = negative[: buffer.size - filled]
+            buffer[filled : filled + taken.size] = taken
+            filled += taken.size
+            negative = negative[taken.size :]
+            if filled == buffer.size:
+                buffer.sort()
+                yield buffer
+                filled = 0
+    if filled:
+        buffer[:filled].sort()
+        yield buffer[:filled]
+
+
+# --------------------------------------------------------------------------------------------------
+# What follows from the counts
 
 
 def _metrics(counts: _Counts) -> Metrics:
     n_positive = int(counts.tp[-1])
     step = counts.tp - counts.tp_above
-    # twice the pairs in which the positive scores higher, plus the ties: whole numbers, no rounding
-    pairs = int(np.sum(step * (2 * counts.n_negative - counts.fp_above - counts.fp)))
+    # Twice the pairs in which the positive scores higher, plus the ties: whole numbers, so nothing
+    # is rounded. There may be 2 P N, for which int64 is too small from P + N = 2^32 on: so `beaten`
+    # (at most 2 N) is summed in halves of 32 bits, both safe for P < 2^31, into a Python integer.
+    beaten = 2 * counts.n_negative - counts.fp_above - counts.fp
+    pairs = (int(np.sum(step * (beaten >> 32))) << 32) + int(np.sum(step * (beaten & 0xFFFFFFFF)))
     before, after = _precisions(counts)
     f1 = 2 * counts.tp / (counts.tp + counts.fp + n_positive)
     best = int(np.argmax(f1))
@@ -251,41 +351,31 @@ def _trapezoid(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.dot(np.diff(x), (y[1:] + y[:-1]) / 2))
 
 
-def _region_weights(masks) -> np.ndarray:
-    """1 / (regions * pixels of its region) per anomalous pixel, in the order of `_split`."""
-    weights, regions = [], 0
-    for i in range(len(masks)):
-        mask = np.asarray(masks[i]) > 0
-        labels, n = ndimage.label(mask, structure=EIGHT_NEIGHBOURS)
-        regions += n
-        labels = labels[mask]
-        weights.append(1.0 / np.bincount(labels)[labels])
-    return np.concatenate(weights) / regions
+def _spot_diff_thresholds(found: _Positives) -> np.ndarray:
+    """The 202 thresholds, falling, in the type of the scores.
 
-
-def _spot_diff_areas(positive: np.ndarray, negative: np.ndarray) -> dict[str, float]:
-    """Areas of the 202-threshold curve, from sorted scores.
-
-    100 thresholds are percentiles of the positives, 100 are evenly spaced over their range, two
-    enclose all scores by 1e-8. They are compared in the type of the scores (strictly), where that
-    margin is mostly lost: the curve then ends a little before (1, 1), here as there.
+    100 are percentiles of the positives, 100 are evenly spaced over their range, two enclose all
+    scores by 1e-8. The script compares them in the type of the scores, where that margin is mostly
+    lost: its curve then ends a little before (1, 1), and so does this one.
     """
-    lowest = min(positive[0], negative[0]) - 1e-8
-    highest = max(positive[-1], negative[-1]) + 1e-8
+    positive = found.score
     thresholds = np.concatenate(
         [
             np.percentile(positive, np.linspace(100, 0, 100)),
             np.linspace(positive[-1], positive[0], 100),
-            [lowest, highest],
+            [found.lowest - 1e-8, found.highest + 1e-8],
         ]
     )
-    thresholds = np.sort(thresholds.astype(positive.dtype))[::-1]
-    tp = positive.size - np.searchsorted(positive, thresholds, side="right")
-    fp = negative.size - np.searchsorted(negative, thresholds, side="right")
+    return np.sort(thresholds.astype(found.lowest.dtype))[::-1]
+
+
+def _spot_diff_areas(found: _Positives, thresholds: np.ndarray, fp: np.ndarray) -> dict[str, float]:
+    """Areas of the curve of the 202 thresholds; fp negatives are (strictly) above each."""
+    tp = found.score.size - np.searchsorted(found.score, thresholds, side="right")
     precision = np.divide(tp, tp + fp, out=np.ones(tp.size), where=tp + fp > 0)
-    recall = tp / positive.size
+    recall = tp / found.score.size
     return {
-        "au_roc": round(_trapezoid(fp / negative.size, recall), 4),
+        "au_roc": round(_trapezoid(fp / found.n_negative, recall), 4),
         "au_pr": round(_trapezoid(recall, precision), 4),
     }
 

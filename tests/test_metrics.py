@@ -1,8 +1,11 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy import ndimage
 from sklearn import metrics as sk
 
+from spd_fast import metrics
 from spd_fast.errors import InputError
 from spd_fast.metrics import image_metrics, pixel_metrics, pr_curve, roc_curve
 
@@ -191,11 +194,120 @@ def test_spot_diff_compatible_areas(dtype):
     maps, masks = defects(dtype=dtype)
     exact, ours = pixel_metrics(maps, masks), pixel_metrics(maps, masks, compat="spot-diff")
     expected = spot_diff_by_definition(maps, masks)
-    assert (ours.au_roc, ours.au_pr) == pytest.approx(expected, abs=6e-5)  # four decimals
+    assert (ours.au_roc, ours.au_pr) == tuple(round(area, 4) for area in expected)
     assert ours.au_roc == pytest.approx(exact.au_roc, abs=0.02)
     assert (ours.au_pro, ours.threshold) == (exact.au_pro, exact.threshold)
     with pytest.raises(InputError, match="spot_diff"):
         pixel_metrics(maps, masks, compat="spot_diff")
+
+
+@pytest.mark.parametrize("dtype, area", [(np.float32, 0.0), (np.float64, 0.5)])
+def test_spot_diff_loses_its_margin_in_float32(dtype, area):
+    # 1 - 1e-8 is 1 in float32: no threshold is below the only score, and the curve never leaves 0
+    maps, masks = np.ones((1, 4, 4), dtype), np.zeros((1, 4, 4), bool)
+    masks[0, 0] = True
+    assert spot_diff_by_definition(maps, masks)[0] == area
+    assert pixel_metrics(maps, masks, compat="spot-diff").au_roc == area
+
+
+class Read:
+    """A sequence whose items are made when they are asked for, and how often that was."""
+
+    def __init__(self, items):
+        self.items, self.reads = items, [0] * len(items)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        self.reads[i] += 1
+        return self.items[i].copy()
+
+
+@pytest.mark.parametrize("levels", [None, 20], ids=["continuous", "tied"])
+@pytest.mark.parametrize("chunk", [1, 7, 1000, 48 * 48])
+def test_chunks_and_reading_image_by_image_change_no_bit(levels, chunk, monkeypatch):
+    maps, masks = defects(levels=levels)
+    expected = pixel_metrics(maps, masks), pixel_metrics(maps, masks, compat="spot-diff")
+    curves = np.concatenate([*roc_curve(maps, masks), *pr_curve(maps, masks)])
+    monkeypatch.setattr(metrics, "CHUNK", chunk)
+    monkeypatch.setattr(metrics, "CHUNK_PER_POSITIVE", 0)
+    lazy = Read(maps), Read(masks)
+    assert (pixel_metrics(*lazy), pixel_metrics(*lazy, compat="spot-diff")) == expected
+    assert np.array_equal(np.concatenate([*roc_curve(*lazy), *pr_curve(*lazy)]), curves)
+
+
+def test_maps_on_disk_are_read_twice_whatever_their_type(tmp_path):
+    maps, masks = defects(dtype=np.float16)
+    np.save(tmp_path / "maps.npy", maps)
+    mapped = np.load(tmp_path / "maps.npy", mmap_mode="r")
+    expected = pixel_metrics(maps.astype(np.float32), masks)
+    assert pixel_metrics(mapped, masks) == expected
+    mixed = Read([maps[0].astype(np.float64), *maps[1:]])
+    assert pixel_metrics(mixed, masks) == expected
+    assert max(mixed.reads[1:]) == 2
+
+
+def test_memory_holds_the_anomalous_pixels_and_a_chunk(monkeypatch):
+    monkeypatch.setattr(metrics, "CHUNK", 10_000)
+    size, n = 500, 40
+
+    class Maps:
+        def __len__(self):
+            return n
+
+        def __getitem__(self, i):
+            if not 0 <= i < n:
+                raise IndexError(i)
+            return np.random.default_rng(i).standard_normal((size, size), dtype=np.float32)
+
+    class Masks(Maps):
+        def __getitem__(self, i):
+            mask = np.zeros((size, size), bool)
+            mask[:10, : i + 1] = True
+            return mask
+
+    tracemalloc.start()
+    pixel_metrics(Maps(), Masks())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 4 * size * size < 4 * n * size * size / 4  # a few maps, not all of them
+
+
+def test_au_roc_is_exact_where_pairs_overflow_64_bits():
+    # 10^9 positives above all negatives; 10^9 below half of them and tied with the others
+    half = 25 * 10**8
+    counts = metrics._Counts(
+        score=np.array([2.0, 1.0]),
+        tp=np.array([10**9, 2 * 10**9]),
+        fp_above=np.array([0, half]),
+        fp=np.array([0, 2 * half]),
+        n_negative=2 * half,
+    )
+    assert 10**9 * 2 * counts.n_negative > 2**63
+    assert metrics._metrics(counts).au_roc == (1 + 0.25) / 2
+
+
+def test_progress_is_shown_when_asked_for_or_long(capsys, monkeypatch):
+    maps, masks = defects()
+    pixel_metrics(maps, masks)
+    assert capsys.readouterr().err == ""
+    pixel_metrics(maps, masks, progress=True)
+    assert "normal pixels: 100%" in capsys.readouterr().err
+    monkeypatch.setattr(metrics, "LONG", maps.size)
+    roc_curve(maps, masks)
+    assert "anomalous pixels: 100%" in capsys.readouterr().err
+
+
+def test_maps_that_change_between_the_passes():
+    maps, masks = defects()
+
+    class Emptied(Read):
+        def __getitem__(self, i):
+            return super().__getitem__(i) & (self.reads[2] < 2)
+
+    with pytest.raises(InputError, match="on the first pass but .* on the second"):
+        pixel_metrics(maps, Emptied(masks))
 
 
 def test_few_points_are_the_exact_curve():
