@@ -130,7 +130,6 @@ def test_checkpoints(visa, new_engine):
         ((65, 91), ("layer1", "layer2", "layer3")),  # odd grids
         ((64, 48), ("layer2",)),
         ((64, 64), ("layer1", "layer3")),
-        ((488, 64), ("layer1", "layer3")),  # 31 rows to 122
         ((64, 64), ("layer2", "layer1")),  # the finest is not the first
     ],
 )
