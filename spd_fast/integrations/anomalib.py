@@ -40,7 +40,9 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str = "float32") -> Padi
     Of a `Padim` the `.model` is replaced, in place. Of a `PadimModel` a new one is made, which
     shares the backbone; while both live, memory holds the inverse covariances and the factors.
     The state dict stays anomalib's in keys and shapes, for which the inverse covariances are made
-    anew each time: at 550 channels and 256 x 256 pixels 4.6 GB.
+    anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB. Thresholds stay as anomalib set
+    them, to the score of one validation image each, whose label rounding may turn over;
+    `Engine.validate` sets them anew.
 
     Args:
         model: fitted by anomalib (`Engine.fit`, or loaded from its checkpoint), or by
