@@ -94,9 +94,8 @@ def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None 
     over 0.3.
 
     Both may be any sequences: only `len(x)` and `x[i]` are used, once per image in each of two
-    passes. So `np.memmap` or an object that reads image i when indexed does for sets that do not
-    fit the memory, which holds the scores of all anomalous pixels (about 100 bytes for each) and
-    those of max(2^24, 8 for each anomalous one) normal pixels.
+    passes. So `np.memmap`, or an object that reads image i when indexed, does for sets that do not
+    fit the memory: it takes about 100 bytes per anomalous pixel, 64 MB and a few maps.
 
     compat="spot-diff": `au_roc` and `au_pr` are those of VisA's published script, which places 202
     thresholds by the scores of the anomalous pixels and rounds the areas to 4 decimals.
@@ -204,6 +203,12 @@ def _find_positives(
     scores, labels, progress: bool | None = None, regions: bool = False
 ) -> _Positives:
     """The first pass. regions: the items are maps, and their pixels are weighed by region."""
+    for values in (scores, labels):
+        if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+            raise InputError(
+                f"a {type(values).__name__} cannot be read twice: expected an array, a list, or "
+                "another sequence with len(x) and x[i]"
+            )
     if len(scores) != len(labels):
         raise InputError(f"there are {len(scores)} scores but {len(labels)} labels or masks")
     if len(scores) == 0:

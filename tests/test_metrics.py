@@ -365,6 +365,8 @@ def test_bad_maps():
         pixel_metrics(maps[:, None], masks[:, None])
     with pytest.raises(InputError, match="no scores"):
         pixel_metrics(maps[:0], masks[:0])
+    with pytest.raises(InputError, match="a generator cannot be read twice"):
+        pixel_metrics((m for m in maps), masks)
     maps[4, 3, :7] = np.nan
     maps[2, 0, 0] = -np.inf
     with pytest.raises(InputError, match="8 scores are NaN.*2 of 6 images.*index 2"):
