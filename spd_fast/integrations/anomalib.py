@@ -65,7 +65,7 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str = "float32") -> Padi
     if not fast.is_fitted:
         raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
     fast.factor = fast.factor.to(_dtype(factor_dtype))
-    fast.packed_state = False
+    fast.factor_dtype, fast.packed_state = factor_dtype, False
     return fast
 
 
