@@ -70,18 +70,13 @@ def check_image_size(images: Tensor, fitted: tuple[int, int], detector: str) -> 
         )
 
 
-@lru_cache(maxsize=32)
-def _smoothing(n_in: int, n_out: int, border: str, upsampling: str, device: str) -> Tensor:
-    matrix = smooth_upsample_matrix(n_in, n_out, border=border, upsampling=upsampling)
-    return matrix.to(device, torch.float32)
+_smoothing = lru_cache(maxsize=32)(smooth_upsample_matrix)
 
 
-def smooth_upsample(
-    distances: Tensor, size: tuple[int, int], border: str, upsampling: str = "bilinear"
-) -> Tensor:
-    """(B, h, w) distances -> (B, *size) maps, see `reference.smooth_upsample_matrix`."""
+def smooth_upsample(distances: Tensor, size: tuple[int, int], **smoothing) -> Tensor:
+    """(B, h, w) distances -> (B, *size) maps, as `reference.smooth_upsample_matrix` says."""
     along_y, along_x = (
-        _smoothing(n_in, n_out, border, upsampling, str(distances.device))
+        _smoothing(n_in, n_out, **smoothing).to(distances)
         for n_in, n_out in zip(distances.shape[1:], size)
     )
     return along_y @ distances @ along_x.mT

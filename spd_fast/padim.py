@@ -20,12 +20,12 @@ from spd_fast.detector import (
 from spd_fast.errors import InputError
 from spd_fast.files import save_state
 from spd_fast.models import load_backbone, new_backbone, pick_device
-from spd_fast.ops.backends import native
 from spd_fast.ops.mahalanobis import (
     FACTOR_DTYPES,
     gaussian_factor,
     gaussian_update,
     mahalanobis_map,
+    narrowed,
 )
 from spd_fast.preprocess import find_preset
 from spd_fast.reference import packed_size
@@ -187,7 +187,7 @@ class PaDiM:
         if self.count < 2 or self.scatter is None:
             raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {self.count}")
         gaussian_factor(self.scatter, len(self.channels), self.count, self.settings.ridge)
-        self.factor = _narrowed(self.scatter, getattr(torch, self.factor_dtype))
+        self.factor = narrowed(self.scatter, getattr(torch, self.factor_dtype))
         self.scatter = None
         return self
 
@@ -255,7 +255,7 @@ class PaDiM:
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
         if not bool(distances.isfinite().all()):  # much smaller than the layers, which cause it
             refuse_not_finite(layers, self.backbone)
-        maps = smooth_upsample(distances, self.image_size, self.settings.border)
+        maps = smooth_upsample(distances, self.image_size, border=self.settings.border)
         return maps, maps.amax((1, 2))
 
     def save(self, path: str | Path) -> None:
@@ -298,16 +298,3 @@ class PaDiM:
         except (KeyError, RuntimeError) as error:  # a part is missing or of another shape
             raise InputError(f"{path} is a damaged PaDiM: {error}") from error
         return model
-
-
-def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype. The memory of a factor on the CPU is given back as it is read, so that
-    both never stand side by side."""
-    if factor.dtype == dtype:
-        return factor
-    narrow = torch.empty(factor.shape, dtype=dtype, device=factor.device)
-    for to, rows in zip(narrow.split(64), factor.split(64)):
-        to.copy_(rows)
-        if native is not None and rows.device.type == "cpu":
-            native.give_back(rows.numpy())
-    return narrow

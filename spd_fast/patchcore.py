@@ -217,7 +217,10 @@ class PatchCore:
             for found in nearest_neighbors(patches.flatten(0, 2), self.bank)
         )
         maps = smooth_upsample(
-            distances, self.image_size, self.settings.border, self.settings.upsampling
+            distances,
+            self.image_size,
+            border=self.settings.border,
+            upsampling=self.settings.upsampling,
         )
         return maps, self._image_scores(patches, distances, indices)
 

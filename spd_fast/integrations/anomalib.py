@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spd_fast.detector import smooth_upsample
 from spd_fast.errors import InputError
-from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
-from spd_fast.reference import pack, packed_size, smooth_upsample_matrix, unpack
+from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map, narrowed
+from spd_fast.reference import pack, packed_size, unpack
 
 try:
     from anomalib.data import Batch, InferenceBatch
@@ -118,11 +119,8 @@ class FastPadimModel(PadimModel):
             raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
         layers, channels = self.layers_and_channels(input_tensor)
         distances = mahalanobis_map(layers, channels, self.mean, self.factor)
-        along_y, along_x = (
-            _smoothing(n_in, n_out, self.sigma, self.radius).to(distances)
-            for n_in, n_out in zip(distances.shape[1:], input_tensor.shape[2:])
-        )
-        maps = (along_y @ distances @ along_x.mT)[:, None]
+        smoothing = dict(sigma=self.sigma, radius=self.radius, border="reflect")
+        maps = smooth_upsample(distances, tuple(input_tensor.shape[2:]), **smoothing)[:, None]
         return InferenceBatch(pred_score=maps.amax((2, 3)), anomaly_map=maps)
 
     @torch.no_grad()
@@ -148,7 +146,7 @@ class FastPadimModel(PadimModel):
         if count < 2:
             raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {count}")
         gaussian_factor(scatter, len(self.idx), count, RIDGE)
-        self.mean, self.factor = mean, scatter.to(_dtype(self.factor_dtype))
+        self.mean, self.factor = mean, narrowed(scatter, _dtype(self.factor_dtype))
         self.running = None
 
     def layers_and_channels(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -235,11 +233,6 @@ def _dtype(factor_dtype: str) -> torch.dtype:
     if factor_dtype not in ("float32", "float16"):
         raise InputError(f"factor_dtype is float32 or float16, got {factor_dtype!r}")
     return getattr(torch, factor_dtype)
-
-
-@lru_cache(maxsize=16)
-def _smoothing(n_in: int, n_out: int, sigma: float, radius: int) -> Tensor:
-    return smooth_upsample_matrix(n_in, n_out, sigma, radius, border="reflect").float()
 
 
 @lru_cache(maxsize=256)

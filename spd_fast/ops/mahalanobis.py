@@ -141,6 +141,21 @@ def gaussian_factor(
     torch.ops.spd_fast.gaussian_factor(scatter, d, count, ridge, threads, backend)
 
 
+def narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor in another dtype; nobody may use the one given afterwards.
+
+    Its memory on the CPU is given back as it is read, so that both never stand side by side.
+    """
+    if factor.dtype == dtype:
+        return factor
+    narrow = torch.empty(factor.shape, dtype=dtype, device=factor.device)
+    for to, rows in zip(narrow.split(64), factor.split(64)):
+        to.copy_(rows)
+        if native is not None and rows.device.type == "cpu":
+            native.give_back(rows.numpy())
+    return narrow
+
+
 @torch.library.custom_op("spd_fast::gaussian_factor", mutates_args=("scatter",))
 def _gaussian_factor(
     scatter: Tensor,
