@@ -1,30 +1,41 @@
-"""PaDiM's distances and fit beside anomalib's own functions, on the same features.
+"""PaDiM beyond the backbone, beside anomalib's own functions.
 
-    python bench/padim.py [--d 100] [--grid 56] [--batches 1 8 32] [--threads 2]
+    python bench/padim.py            # what bench/README.md shows: 10 minutes, 12 GB
+    python bench/padim.py --quick    # d = 100 alone: half a minute
 
-Checks first that both give the same distances, then times them in turn. The last columns are the
-shares of this machine's read bandwidth and multiply-add peak, measured in the same run.
+Every part checks that the results agree before it times them. Peers run in turn with ours in one
+process, except where memory is measured: there every contender is a process of its own.
+
+Ours starts from the three layers of the network and gathers its channels; anomalib is given its
+embedding, which it has to concatenate and select first. "of read" and "of flops" are shares of what
+torch's sum and matrix product reach in the same run.
 """
 
 import argparse
+import subprocess
+import sys
 import time
 
 import torch
 from anomalib.models.components.stats.multi_variate_gaussian import MultiVariateGaussian
 from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
 
-from spd_fast import mahalanobis_map
+from spd_fast import PaDiM, mahalanobis_map, reference
+from spd_fast.detector import smooth_upsample
 from spd_fast.ops.backends import native
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
-from spd_fast.reference import packed_size
+from spd_fast.padim import FIT_BLOCK
+from spd_fast.reference import packed_size, unpack
 
-IMAGES = 64
+GRID = 64  # of 256 x 256 pixels
+RIDGE = 0.01 + 1e-5  # anomalib's
+LAYERS = {100: (64, 128, 256), 550: (256, 512, 1024)}  # channels: ResNet-18, (Wide)ResNet-50
 
 
-def best(job, seconds: float = 1.0) -> float:
+def best(job, seconds: float = 1.0, most: int = 20) -> float:
     """Shortest time of a job in seconds, over at least `seconds` and 3 runs."""
     times = []
-    while sum(times) < seconds or len(times) < 3:
+    while (sum(times) < seconds or len(times) < 3) and len(times) < most:
         start = time.perf_counter()
         job()
         times.append(time.perf_counter() - start)
@@ -34,65 +45,175 @@ def best(job, seconds: float = 1.0) -> float:
 def machine_limits() -> tuple[float, float]:
     """Read bandwidth (bytes / s) and multiply-add rate (flop / s) that torch reaches here."""
     large = torch.ones(1 << 27)
-    bandwidth = large.numel() * 4 / best(large.sum)
     a = torch.randn(2048, 2048)
-    return bandwidth, 2 * 2048**3 / best(lambda: a @ a)
+    return large.numel() * 4 / best(large.sum), 2 * 2048**3 / best(lambda: a @ a)
+
+
+def random_layers(d: int, images: int, grid: int = GRID, seed: int = 0) -> list[torch.Tensor]:
+    """Features like a network's: not negative, with channels last."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.rand(images, channels, grid >> i, grid >> i, generator=generator).to(
+            memory_format=torch.channels_last
+        )
+        for i, channels in enumerate(LAYERS[d])
+    ]
+
+
+def kept_channels(d: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(sum(LAYERS[d]), generator=generator)[:d].sort().values
+
+
+def fit(layers: list[torch.Tensor], channels: torch.Tensor):
+    positions, d = layers[0][0, 0].numel(), len(channels)
+    mean, factor = torch.zeros(positions, d), torch.zeros(positions, packed_size(d))
+    for i in range(0, len(layers[0]), FIT_BLOCK):
+        block = [layer[i : i + FIT_BLOCK] for layer in layers]
+        gaussian_update(block, channels, i, mean, factor)
+    gaussian_factor(factor, d, len(layers[0]), RIDGE)
+    return mean, factor
+
+
+def inverse_of(factor: torch.Tensor, d: int) -> torch.Tensor:
+    """What anomalib keeps, (P, d, d)."""
+    inverse = torch.empty(len(factor), d, d)
+    for to, rows in zip(inverse.split(64), factor.split(64)):
+        w = unpack(rows, d)
+        torch.bmm(w.mT, w, out=to)
+    return inverse
+
+
+def table_of_scores(d: int, batches: list[int]) -> None:
+    channels = kept_channels(d)
+    mean, factor = fit(random_layers(d, 2 * FIT_BLOCK), channels)
+    inverse = inverse_of(factor, d)
+    factors = {"float32": factor, "float16": factor.half()}
+    tolerances = {"float32": 1e-4, "float16": 1e-3}
+    generator = AnomalyMapGenerator()
+    bandwidth, peak = machine_limits()
+    print(f"\nd = {d}, {GRID} x {GRID} positions; read {bandwidth / 1e9:.1f} GB/s, ", end="")
+    print(f"multiply-add {peak / 1e9:.0f} GFLOP/s")
+    print(f"{'':<20}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}{'of read':>9}", end="")
+    print(f"{'of flops':>9}{'difference':>12}")
+    for batch in batches:
+        layers = random_layers(d, batch, seed=1)
+        embedding = reference.embed(layers, channels).contiguous()
+        statistics = [mean.T.contiguous(), inverse]
+        expected = generator.compute_distance(embedding, statistics)[:, 0]
+        theirs = best(lambda e=embedding, s=statistics: generator.compute_distance(e, s))
+        for name, w in factors.items():
+            ours = mahalanobis_map(layers, channels, mean, w)
+            difference = ((ours - expected).abs() / expected).max().item()
+            assert difference < tolerances[name], f"distances differ by {difference}"
+            spent = best(lambda x=layers, w=w: mahalanobis_map(x, channels, mean, w))
+            read = w.numel() * w.element_size() / spent / bandwidth
+            flops = 2 * w.numel() * batch / spent / peak
+            print(
+                f"batch {batch:<3}{name:<11}{1e3 * theirs:>12.1f}{1e3 * spent:>9.1f}"
+                f"{theirs / spent:>7.1f}{read:>9.0%}{flops:>9.0%}{difference:>12.0e}"
+            )
+
+
+def lines_of_fit(d: int, grid: int) -> None:
+    """Anomalib's inversion of 550 channels fails inside MKL with several threads ("SLASWP" in
+    torch 2.14), and takes minutes at the full grid: one thread and a small grid for both."""
+    layers, channels = random_layers(d, FIT_BLOCK, grid), kept_channels(d)
+    embedding = reference.embed(layers, channels).contiguous()
+    torch.set_num_threads(1)
+    gaussian = MultiVariateGaussian()
+    theirs = best(lambda: gaussian.fit(embedding), most=1)
+    mean, factor = fit(layers, channels)
+    w = unpack(factor[:16], d)
+    identity = w @ torch.linalg.inv(gaussian.inv_covariance[:16].double()).float() @ w.mT
+    difference = (identity - torch.eye(d)).abs().max().item()
+    assert difference < 1e-2, f"the covariances differ by {difference}"
+    ours = best(lambda: fit(layers, channels))
+    update = best(lambda: gaussian_update(layers, channels, 0, mean, factor))
+    _, peak = machine_limits()
+    cholesky_and_inverse = 2 / 3 * d**3 * grid**2 / (ours - update) / peak
+    outer_products = 2 * packed_size(d) * grid**2 * FIT_BLOCK / update / peak
+    print(
+        f"fit of {FIT_BLOCK} images, d = {d}, {grid} x {grid} positions, one thread: anomalib ",
+        end="",
+    )
+    print(f"{theirs:.2f} s, ours {ours:.2f} s, ratio {theirs / ours:.1f}")
+    print(f"    of flops: scatter {outer_products:.0%}, factorisation {cholesky_and_inverse:.0%}")
+
+
+def table_of_maps(batches: list[int]) -> None:
+    print(f"\nmap of {4 * GRID} x {4 * GRID}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}")
+    generator, size = AnomalyMapGenerator(), (4 * GRID, 4 * GRID)
+    for batch in batches:
+        distances = 10 + torch.rand(batch, GRID, GRID)
+
+        def theirs(distances=distances):
+            return generator.smooth_anomaly_map(generator.up_sample(distances[:, None], size))
+
+        def ours(distances=distances):
+            return smooth_upsample(distances, size, border="reflect")
+
+        difference = (theirs()[:, 0] - ours()).abs().max().item()
+        assert difference < 1e-3, f"the maps differ by {difference}"
+        a, b = best(theirs), best(ours)
+        print(f"batch {batch:<12}{1e3 * a:>12.1f}{1e3 * b:>9.2f}{a / b:>7.0f}")
+
+
+def peak_gb() -> float:
+    """Of this process; ru_maxrss would count the parent's before it became this program."""
+    for line in open("/proc/self/status"):
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1e6
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def fit_whole(images: int, factor_dtype: str) -> None:
+    """Fit WideResNet-50 with d = 550 on pictures of noise; prints the memory before and at most."""
+    torch.manual_seed(0)
+    model = PaDiM("wide_resnet50_2", None, "anomalib", factor_dtype, weights="random")
+    for _ in range(2):
+        model.features(torch.randn(16, 3, 4 * GRID, 4 * GRID))
+    before = peak_gb()
+    model.fit(torch.randn(16, 3, 4 * GRID, 4 * GRID) for _ in range(images // 16))
+    print(f"{before:.2f} {peak_gb():.2f}")
+
+
+def table_of_memory(numbers: list[int]) -> None:
+    packed = 4 * GRID**2 * packed_size(550) / 1e9
+    print(f"\npeak memory of a whole fit, WideResNet-50, d = 550 ({packed:.2f} GB of factor), GB")
+    print(f"{'images':<12}{'factor':>9}{'network alone':>15}{'fit':>7}{'more':>7}{'/ factor':>10}")
+    for images in numbers:
+        for dtype in ("float32", "float16"):
+            command = [sys.executable, __file__, "--fit-whole", str(images), dtype]
+            run = subprocess.run(command, check=True, capture_output=True, text=True)
+            before, peak = map(float, run.stdout.split()[-2:])
+            print(
+                f"{images:<12}{dtype:>9}{before:>15.2f}{peak:>7.2f}{peak - before:>7.2f}"
+                f"{(peak - before) / packed:>10.2f}"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--d", type=int, default=100)
-    parser.add_argument("--grid", type=int, default=56)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--quick", action="store_true", help="d = 100 only, no memory")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fit-whole", nargs=2, metavar=("IMAGES", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    d, positions = options.d, options.grid**2
-    train = torch.randn(IMAGES, d, options.grid, options.grid)
-    channels = torch.arange(d)
-
-    theirs = MultiVariateGaussian()
-    start = time.perf_counter()
-    theirs.fit(train)
-    fit_theirs = time.perf_counter() - start
-    start = time.perf_counter()
-    mean, factor = torch.zeros(positions, d), torch.zeros(positions, packed_size(d))
-    for i in range(0, IMAGES, 16):
-        gaussian_update([train[i : i + 16]], channels, i, mean, factor)
-    gaussian_factor(factor, d, IMAGES, 0.01 + 1e-5)
-    fit_ours = time.perf_counter() - start
-    print(
-        f"d {d}, grid {options.grid} x {options.grid}, {options.threads} threads, "
-        f"{native.build_config()['instruction_set']}"
-    )
-    print(
-        f"fit of {IMAGES} images: anomalib {fit_theirs:.2f} s, spd-fast {fit_ours:.2f} s, "
-        f"ratio {fit_theirs / fit_ours:.1f}"
-    )
-
-    bandwidth, peak = machine_limits()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, multiply-add {peak / 1e9:.0f} GFLOP/s")
-    print(f"{'':<18}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}{'of read':>9}{'of flops':>9}")
-    generator = AnomalyMapGenerator()
-    for batch in options.batches:
-        x = torch.randn(batch, d, options.grid, options.grid)
-        expected = generator.compute_distance(x, [theirs.mean, theirs.inv_covariance])[:, 0]
-        time_theirs = best(
-            lambda x=x: generator.compute_distance(x, [theirs.mean, theirs.inv_covariance])
-        )
-        for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 3e-3)):
-            w = factor.to(dtype)
-            ours = mahalanobis_map([x], channels, mean, w)
-            error = ((ours - expected).abs() / expected).max().item()
-            assert error < tolerance, f"distances differ by {error}"
-            time_ours = best(lambda x=x, w=w: mahalanobis_map([x], channels, mean, w))
-            read = w.numel() * w.element_size() / time_ours / bandwidth
-            flops = 2 * w.numel() * batch / time_ours / peak
-            name = f"batch {batch}, {str(dtype).removeprefix('torch.')}"
-            print(
-                f"{name:<18}{1e3 * time_theirs:>12.1f}{1e3 * time_ours:>9.1f}"
-                f"{time_theirs / time_ours:>7.1f}{read:>9.0%}{flops:>9.0%}"
-            )
+    if options.fit_whole:
+        fit_whole(int(options.fit_whole[0]), options.fit_whole[1])
+        return
+    print(f"{options.threads} threads, {native.build_config()['instruction_set']}", end=", ")
+    print(f"torch {torch.__version__}")
+    table_of_scores(100, [1, 8, 32])
+    if not options.quick:
+        table_of_scores(550, [1, 8, 32])
+    table_of_maps([1, 8, 32])
+    print()
+    lines_of_fit(100, GRID)
+    if not options.quick:
+        lines_of_fit(550, GRID // 4)
+        table_of_memory([32, 96])
 
 
 if __name__ == "__main__":

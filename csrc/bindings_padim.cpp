@@ -9,7 +9,8 @@ namespace spd {
 // Owns what `Features` points to.
 struct FeatureList {
     std::vector<Layer> layers;
-    std::vector<int32_t> layer, channel;
+    std::vector<int32_t> layer;
+    std::vector<int64_t> channel;
     Features features{};
 
     FeatureList(const std::vector<py::array>& maps, const py::array& channels) {
@@ -35,7 +36,8 @@ struct FeatureList {
             const auto after =
                 std::upper_bound(first_channel.begin(), first_channel.end(), kept[k]);
             layer.push_back(int32_t(after - first_channel.begin() - 1));
-            channel.push_back(int32_t(kept[k] - first_channel[layer.back()]));
+            channel.push_back((kept[k] - first_channel[layer.back()]) *
+                              layers[layer.back()].stride[1]);
         }
         features = {layers.data(), layer.data(),     channel.data(), int(channels.size()),
                     int(batch),    layers[0].height, layers[0].width};
@@ -66,7 +68,7 @@ static void mahalanobis_map(const std::vector<py::array>& maps, const py::array&
         out, "out", {args.features.batch, args.features.grid_height, args.features.grid_width},
         true);
     py::gil_scoped_release release;
-    parallel_for(positions, 4 * most_gather_positions, threads,
+    parallel_for(positions, 4 * planar_positions, threads,
                  [&](int64_t begin, int64_t end) { kernels->mahalanobis(args, begin, end); });
 }
 
@@ -80,7 +82,7 @@ static void gaussian_update(const std::vector<py::array>& maps, const py::array&
         list.features, count, data_of<float>(mean, "mean", {positions, d}, true),
         data_of<float>(scatter, "scatter", {positions, int64_t(packed_size(int(d)))}, true)};
     py::gil_scoped_release release;
-    parallel_for(positions, most_gather_positions, threads,
+    parallel_for(positions, planar_positions, threads,
                  [&](int64_t begin, int64_t end) { kernels->gaussian_update(args, begin, end); });
 }
 

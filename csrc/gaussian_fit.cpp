@@ -212,13 +212,12 @@ void invert(float* a, int panel_count, float* old) {
     });
 }
 
-}  // namespace
-
-void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
+template <int block>
+void update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const size_t stride = 8 * size_t(panels(f.d));
-    const int block = gather_positions(f), rows = (f.batch + half - 1) / half * half + 1;
+    const int rows = (f.batch + half - 1) / half * half + 1;
     const size_t position_stride = rows * stride + 16;
     Pieces pieces = scratch.reserve(block * position_stride + stride + 2 * 16);
     float* x = pieces.take(block * position_stride);
@@ -226,7 +225,10 @@ void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end)
     memset(x, 0, block * position_stride * sizeof(float));
     for (int64_t p0 = begin; p0 < end; p0 += block) {
         const int count = int(min2<int64_t>(block, end - p0));
-        gather<half>(f, p0, count, x, {position_stride, 1, half * stride, stride});
+        gather<half, block>(f, p0, count, [&](int g, int k, int j, const float* values) {
+            float* d = x + j * position_stride + g * half * stride + k;
+            for (int b = 0; b < half; ++b) d[b * stride] = values[b];
+        });
         for (int64_t p = p0; p < p0 + count; ++p) {
             float* images = x + (p - p0) * position_stride;
             const int n = centre_and_merge(images, stride, f.batch, f.d, args.count,
@@ -234,6 +236,13 @@ void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end)
             add_outer_products(args.scatter + p * packed_size(f.d), panels(f.d), images, stride, n);
         }
     }
+}
+
+}  // namespace
+
+void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
+    if (channels_are_last(args.features)) return update_positions<1>(args, begin, end);
+    update_positions<planar_positions>(args, begin, end);
 }
 
 int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end) {

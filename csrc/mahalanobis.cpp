@@ -76,13 +76,16 @@ float squared_norm(const T* factor, int panel_count, const float* x) {
     return sum_of(total);
 }
 
-// For `group` images at a time, 1 or a quad.
 template <int group>
+using Images __attribute__((vector_size(4 * group))) = float;
+
+// For `group` images at a time, 1 or a quad, and `block` positions.
+template <int group, int block>
 void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const int64_t positions = int64_t(f.grid_height) * f.grid_width;
-    const int panel_count = panels(f.d), block = gather_positions(f);
+    const int panel_count = panels(f.d);
     const int groups = (f.batch + group - 1) / group;
     const size_t group_size = 8 * size_t(panel_count) * group;
     // 16 floats more between positions: a power-of-two stride would fall into one cache set.
@@ -95,14 +98,15 @@ void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     memset(x, 0, block * position_stride * sizeof(float));  // rows past d
     for (int64_t p0 = begin; p0 < end; p0 += block) {
         const int count = int(min2<int64_t>(block, end - p0));
-        gather<group>(f, p0, count, x, {position_stride, group, group_size, 1});
+        gather<group, block>(f, p0, count, [&](int g, int k, int j, const float* values) {
+            // One store of them all: a load could not be served from four small ones.
+            Images<group> v;
+            memcpy(&v, values, sizeof v);
+            v -= args.mean[(p0 + j) * f.d + k];
+            memcpy(x + j * position_stride + g * group_size + k * group, &v, sizeof v);
+        });
         for (int64_t p = p0; p < p0 + count; ++p) {
-            float* delta = x + (p - p0) * position_stride;
-            const float* mean = args.mean + p * f.d;
-            for (int g = 0; g < groups; ++g)
-                for (int k = 0; k < f.d; ++k)
-                    for (int b = 0; b < group; ++b)
-                        delta[g * group_size + k * group + b] -= mean[k];
+            const float* delta = x + (p - p0) * position_stride;
             const auto norms = [&](auto* factor) {
                 factor += p * packed_size(f.d);
                 if (group == 1)
@@ -122,8 +126,12 @@ void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end) {
-    if (args.features.batch == 1) return score_positions<1>(args, begin, end);
-    score_positions<quad>(args, begin, end);
+    const bool single = args.features.batch == 1;
+    if (channels_are_last(args.features))
+        return single ? score_positions<1, 1>(args, begin, end)
+                      : score_positions<quad, 1>(args, begin, end);
+    return single ? score_positions<1, planar_positions>(args, begin, end)
+                  : score_positions<quad, planar_positions>(args, begin, end);
 }
 
 }  // namespace SPD_ISA

@@ -29,7 +29,7 @@ struct Layer {
 struct Features {
     const Layer* layers;
     const int32_t* layer;    // (d,): which layer a kept channel is in
-    const int32_t* channel;  // (d,): and which of its channels it is
+    const int64_t* channel;  // (d,): and where its elements begin there
     int d, batch;
     int grid_height, grid_width;
 };
@@ -65,27 +65,18 @@ struct GaussianFactorArgs {
     int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end); \
     }
 
-// Where gathered features go: channel k of image b at position begin + j to
-// x + j * position + k * channel + b / group * images + b % group * image.
-struct GatherStrides {
-    size_t position, channel, images, image;
-};
+// Reading along positions is contiguous in planar feature maps, so several come at a time; with
+// channels last each position is contiguous for itself.
+constexpr int planar_positions = 16;
 
-// Reading along positions is contiguous in planar feature maps; with channels last each position is
-// contiguous for itself, and needs no company.
-constexpr int most_gather_positions = 16;
+static inline bool channels_are_last(const Features& f) { return f.layers[0].stride[1] == 1; }
 
-static inline int gather_positions(const Features& f) {
-    const bool channels_last = f.layers[0].stride[1] == 1;
-    return channels_last ? 1 : most_gather_positions;
-}
-
-// At most `most_gather_positions` of them. Images come in groups that are written together; the
-// last group is filled up with the last image.
-template <int group>
-static inline void gather(const Features& f, int64_t begin, int count, float* x,
-                          const GatherStrides& to) {
-    int64_t place[most_gather_positions];
+// Calls put(g, k, j, values) with channel k at position begin + j of the `group` images from number
+// g * group on; past the last image its values stand again. count <= block.
+template <int group, int block, class Put>
+static inline void gather(const Features& f, int64_t begin, int count, const Put& put) {
+    if (block == 1) count = 1;  // a constant: then there is no loop over j
+    int64_t place[block];
     for (int k = 0, end; k < f.d; k = end) {
         const Layer& layer = f.layers[f.layer[k]];
         for (end = k + 1; end < f.d && f.layer[end] == f.layer[k];) ++end;  // a run of channels
@@ -94,18 +85,16 @@ static inline void gather(const Features& f, int64_t begin, int count, float* x,
             place[j] = y * layer.height / f.grid_height * layer.stride[2] +
                        u * layer.width / f.grid_width * layer.stride[3];
         }
-        for (int b0 = 0; b0 < f.batch; b0 += group) {
+        for (int g = 0; g * group < f.batch; ++g) {
             const float* s[group];
             for (int b = 0; b < group; ++b)
-                s[b] = layer.data + min2(b0 + b, f.batch - 1) * layer.stride[0];
-            float* d = x + b0 / group * to.images;
-            for (int i = k; i < end; ++i) {
-                const int64_t channel = f.channel[i] * layer.stride[1];
-                for (int j = 0; j < count; ++j)
-                    for (int b = 0; b < group; ++b)
-                        d[j * to.position + i * to.channel + b * to.image] =
-                            s[b][channel + place[j]];
-            }
+                s[b] = layer.data + min2(g * group + b, f.batch - 1) * layer.stride[0];
+            for (int i = k; i < end; ++i)
+                for (int j = 0; j < count; ++j) {
+                    float values[group];
+                    for (int b = 0; b < group; ++b) values[b] = s[b][f.channel[i] + place[j]];
+                    put(g, i, j, values);
+                }
         }
     }
 }
