@@ -103,6 +103,7 @@ POINT_CASES = {
     "copies": (120, 40, "copies"),
     "all the same": (20, 40, "same"),
     "far from the origin": (200, 70, "far"),
+    "two tight clusters": (300, 3, "clusters"),
     "in a plane": (200, 90, "plane"),
     "tiny": (100, 40, "tiny"),
     "huge": (100, 40, "huge"),
@@ -122,6 +123,8 @@ def point_case(name: str, seed: int = 0) -> torch.Tensor:
         points = points[:1].expand(n, d)
     if kind == "far":  # a common part 10^6 times larger than the differences
         points = 1e-4 * points + 100
+    if kind == "clusters":  # far apart: coordinates round by as much as neighbours differ
+        points = 2e-4 * points + 700 * (torch.arange(n) % 2)[:, None]
     if kind == "plane":
         points = points[:, :2] @ torch.randn(2, d, generator=generator)
     return points * {"tiny": 1e-20, "huge": 1e14}.get(kind, 1.0)
