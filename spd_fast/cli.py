@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_export(commands)
     _add_report(commands)
     return parser
 
@@ -236,7 +237,7 @@ def _pretrain(options) -> int:
     return pretrain(PretrainConfig(**values))
 
 
-# ------------------------------------------------------------------- evaluate, predict and report
+# ----------------------------------------------------------- evaluate, predict, export and report
 
 
 def _add_evaluate(commands) -> None:
@@ -297,6 +298,24 @@ def _predict(options) -> None:
         options.skip_bad_images,
     )
     print(f"scores: {scores}")
+
+
+def _add_export(commands) -> None:
+    parser = _command(
+        commands, "export", _export, "write a saved PaDiM as a program that runs on plain torch"
+    )
+    parser.add_argument("--model", required=True, help="what evaluate --save-models wrote")
+    parser.add_argument("--out", default="padim.pt2", help="program to write")
+    parser.add_argument(
+        "--batch", type=_positive, help="the only number of images it takes at a time; default any"
+    )
+
+
+def _export(options) -> None:
+    from spd_fast.export import export_padim
+
+    takes = export_padim(options.model, options.out, options.batch)
+    print(f"written: {options.out}, takes {takes}")
 
 
 def _add_report(commands) -> None:

@@ -135,22 +135,33 @@ def _umask() -> int:
     return umask
 
 
-def save_state(path: str | Path, state: dict) -> None:
-    """torch.save, atomically.
+@contextmanager
+def torch_path(path: str | Path) -> Iterator[Path]:
+    """`atomic_path` for what torch writes.
 
     Raises:
         InputError: the disk refuses; what was at `path` before is unchanged.
     """
-    import torch
-
     try:
         with atomic_path(path) as temporary:
-            torch.save(state, temporary)
+            yield temporary
     except (OSError, RuntimeError) as error:  # torch's own writer raises the second, unexplained
         reason = error.strerror if isinstance(error, OSError) else "is the disk full?"
         raise InputError(
             f"{path} cannot be written ({reason}); what was there before is unchanged"
         ) from error
+
+
+def save_state(path: str | Path, state: dict) -> None:
+    """torch.save, atomically.
+
+    Raises:
+        InputError: as `torch_path`.
+    """
+    import torch
+
+    with torch_path(path) as temporary:
+        torch.save(state, temporary)
 
 
 def read_state(path: str | Path, what: str, mmap: bool = False):

@@ -1,0 +1,123 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from spd_fast import InputError, PaDiM
+from spd_fast.cli import main
+from spd_fast.export import export_padim
+from spd_fast.patchcore import FORMAT as PATCHCORE
+
+
+def fitted(path, preset="paper", factor_dtype="float32"):
+    """A saved PaDiM, and images it was not fitted on; d = 20 leaves the last panel half empty."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, 64, 96, generator=generator)
+    images = images + 0.3 * torch.randn(8, 3, 64, 96, generator=generator)
+    model = PaDiM(weights="random", n_features=20, preset=preset, factor_dtype=factor_dtype)
+    model.fit(images[:5].split(3)).save(path)
+    return model, images[5:]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A directory with padim.pt in float16 and padim.pt2, the model, images, the loaded program."""
+    directory = tmp_path_factory.mktemp("export")
+    model, images = fitted(directory / "padim.pt", "anomalib", "float16")
+    assert main(["export", f"--model={directory}/padim.pt", f"--out={directory}/padim.pt2"]) == 0
+    return directory, model, images, torch.export.load(directory / "padim.pt2")
+
+
+def test_program_gives_the_maps_of_the_model(exported):
+    _, model, images, program = exported
+    for batch in (1, 3):  # neither is the size it was traced with
+        for ours, theirs in zip(program.module()(images[:batch]), model.score(images[:batch])):
+            assert ours.shape == theirs.shape and not ours.requires_grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_program_for_one_size_of_batch(tmp_path, batch):
+    model, images = fitted(tmp_path / "padim.pt")
+    takes = export_padim(tmp_path / "padim.pt", tmp_path / "padim.pt2", batch)
+    assert takes == f"({batch}, 3, 64, 96) images prepared as by preset 'paper'"
+    program = torch.export.load(tmp_path / "padim.pt2").module()
+    for ours, theirs in zip(program(images[:batch]), model.score(images[:batch])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match=f"equal to {batch}, but got 2"):
+        program(images[:2])
+
+
+ELSEWHERE = """
+import sys
+sys.modules["spd_fast"] = None  # an import of it fails
+import torch
+images, expected = torch.load(sys.argv[2])
+maps, scores = torch.export.load(sys.argv[1]).module()(images)
+torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
+assert torch.equal(scores, maps.amax((1, 2)))
+assert not [name for name in sys.modules if name.startswith(("spd_fast.", "torchvision"))]
+print("the same")
+"""
+
+
+def test_program_runs_where_spd_fast_is_not(exported, tmp_path):
+    directory, model, images, _ = exported
+    torch.save((images, model.score(images)[0]), tmp_path / "expected.pt")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, str(directory / "padim.pt2"), "expected.pt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "the same\n", done.stderr
+
+
+def test_factor_stays_packed_in_its_dtype(exported):
+    directory, model, _, program = exported
+    assert torch.equal(program.state_dict["factor"], model.factor)
+    sizes = [(directory / name).stat().st_size for name in ("padim.pt", "padim.pt2")]
+    assert sizes[1] < sizes[0] + 1_000_000
+
+
+def test_features_that_are_not_finite_show_in_the_maps(exported):
+    _, _, images, program = exported
+    images = images.clone()
+    images[1, 0, 5, 5] = torch.nan
+    _, scores = program.module()(images)
+    assert scores.isfinite().tolist() == [True, False, True]
+
+
+def test_wrong_use_is_named(tmp_path, capsys):
+    fitted(tmp_path / "padim.pt")
+    with pytest.raises(InputError, match="ends in .pt2, got .*padim.onnx"):
+        export_padim(tmp_path / "padim.pt", tmp_path / "padim.onnx")
+    with pytest.raises(InputError, match="batch must be at least 1, got 0"):
+        export_padim(tmp_path / "padim.pt", tmp_path / "padim.pt2", batch=0)
+    with pytest.raises(InputError, match="there is no directory"):
+        export_padim(tmp_path / "padim.pt", tmp_path / "nowhere" / "padim.pt2")
+    torch.save({"format": PATCHCORE}, tmp_path / "patchcore.pt")
+    with pytest.raises(InputError, match="patchcore.pt is not a saved PaDiM"):
+        export_padim(tmp_path / "patchcore.pt", tmp_path / "padim.pt2")
+    (tmp_path / "text.pt").write_text("not a model")
+    assert main(["export", f"--model={tmp_path}/text.pt", f"--out={tmp_path}/padim.pt2"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("spd-fast: ") and "text.pt is not a saved PaDiM" in error
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["padim.pt", "patchcore.pt", "text.pt"]
+
+
+def test_a_failed_write_leaves_the_old_program(tmp_path, monkeypatch):
+    fitted(tmp_path / "padim.pt")
+    (tmp_path / "padim.pt2").write_text("old")
+
+    def full_disk(program, path):
+        path.write_text("half")
+        raise RuntimeError("PytorchStreamWriter failed")
+
+    monkeypatch.setattr(torch.export, "save", full_disk)
+    with pytest.raises(InputError, match="cannot be written .is the disk full"):
+        export_padim(tmp_path / "padim.pt", tmp_path / "padim.pt2")
+    assert (tmp_path / "padim.pt2").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["padim.pt", "padim.pt2"]
