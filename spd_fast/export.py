@@ -33,7 +33,7 @@ def export_padim(model_path: str | Path, out: str | Path, batch: int | None = No
         InputError: not a saved PaDiM, a name that does not end in .pt2, `batch` below 1, or `out`
             cannot be written.
     """
-    if Path(out).suffix != ".pt2":  # as torch.export.load asks
+    if Path(out).suffix != ".pt2":  # torch.export complains of any other
         raise InputError(f"the name of an exported program ends in .pt2, got {out}")
     if batch is not None and batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
@@ -42,7 +42,6 @@ def export_padim(model_path: str | Path, out: str | Path, batch: int | None = No
     images = torch.zeros(batch or 2, 3, *model.image_size)
     shapes = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     exported = torch.export.export(program, (images,), dynamic_shapes=shapes)
-    exported.example_inputs = None  # would be saved too
     with torch_path(out) as temporary:
         torch.export.save(exported, temporary)
     height, width = model.image_size
