@@ -26,8 +26,8 @@ struct Kernels {
     const char* name;
     bool supported;
     bool (*augment_image)(const AugmentArgs&, int64_t);
-    void (*mahalanobis)(const MahalanobisArgs&, int64_t, int64_t);
-    void (*gaussian_update)(const GaussianUpdateArgs&, int64_t, int64_t);
+    bool (*mahalanobis)(const MahalanobisArgs&, int64_t, int64_t);
+    bool (*gaussian_update)(const GaussianUpdateArgs&, int64_t, int64_t);
     int64_t (*gaussian_factor)(const GaussianFactorArgs&, int64_t, int64_t);
     void (*kcenter_begin)(KCenter&);
     void (*kcenter_advance)(KCenter&, int64_t);

@@ -68,8 +68,11 @@ static void mahalanobis_map(const std::vector<py::array>& maps, const py::array&
         out, "out", {args.features.batch, args.features.grid_height, args.features.grid_width},
         true);
     py::gil_scoped_release release;
-    parallel_for(positions, 4 * planar_positions, threads,
-                 [&](int64_t begin, int64_t end) { kernels->mahalanobis(args, begin, end); });
+    std::atomic<bool> out_of_memory{false};
+    parallel_for(positions, 4 * planar_positions, threads, [&](int64_t begin, int64_t end) {
+        if (!kernels->mahalanobis(args, begin, end)) out_of_memory = true;
+    });
+    if (out_of_memory) throw std::bad_alloc();
 }
 
 static void gaussian_update(const std::vector<py::array>& maps, const py::array& channels,
@@ -82,8 +85,11 @@ static void gaussian_update(const std::vector<py::array>& maps, const py::array&
         list.features, count, data_of<float>(mean, "mean", {positions, d}, true),
         data_of<float>(scatter, "scatter", {positions, int64_t(packed_size(int(d)))}, true)};
     py::gil_scoped_release release;
-    parallel_for(positions, planar_positions, threads,
-                 [&](int64_t begin, int64_t end) { kernels->gaussian_update(args, begin, end); });
+    std::atomic<bool> out_of_memory{false};
+    parallel_for(positions, planar_positions, threads, [&](int64_t begin, int64_t end) {
+        if (!kernels->gaussian_update(args, begin, end)) out_of_memory = true;
+    });
+    if (out_of_memory) throw std::bad_alloc();
 }
 
 // Returns a position whose covariance is not positive definite, or -1.
@@ -95,12 +101,13 @@ static int64_t gaussian_factor(const py::array& scatter, int d, int64_t count, f
     const GaussianFactorArgs args{
         data_of<float>(scatter, "scatter", {positions, int64_t(packed_size(d))}, true), d, count,
         ridge};
-    std::atomic<int64_t> failed{-1};
+    std::atomic<int64_t> failed{all_positive};
     py::gil_scoped_release release;
     parallel_for(positions, 4, threads, [&](int64_t begin, int64_t end) {
         const int64_t position = kernels->gaussian_factor(args, begin, end);
-        if (position >= 0) failed = position;
+        if (position != all_positive) failed = position;
     });
+    if (failed == no_memory) throw std::bad_alloc();
     return failed;
 }
 

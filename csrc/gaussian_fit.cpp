@@ -1,6 +1,8 @@
 // Fitting PaDiM on the CPU: running mean and scatter, then covariance -> Cholesky -> inverse
 // factor, all in the packed panels, in place.
 
+#include <cfloat>
+
 #include "mahalanobis.h"
 #include "panel.h"
 
@@ -96,7 +98,7 @@ bool cholesky_block(float* a) {
     for (int j = 0; j < 8; ++j) {
         float pivot = a[9 * j];
         for (int i = 0; i < j; ++i) pivot -= a[8 * i + j] * a[8 * i + j];
-        if (!(pivot > 0)) return false;  // also for NaN
+        if (!(pivot > 0 && pivot <= FLT_MAX)) return false;  // NaN fails both
         pivot = sqrtf(pivot);
         for (int row = j + 1; row < 8; ++row) {
             float v = a[8 * j + row];
@@ -213,13 +215,14 @@ void invert(float* a, int panel_count, float* old) {
 }
 
 template <int block>
-void update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
+bool update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const size_t stride = 8 * size_t(panels(f.d));
     const int rows = (f.batch + half - 1) / half * half + 1;
     const size_t position_stride = rows * stride + 16;
     Pieces pieces = scratch.reserve(block * position_stride + stride + 2 * 16);
+    if (!pieces.next) return false;
     float* x = pieces.take(block * position_stride);
     float* block_mean = pieces.take(stride);
     memset(x, 0, block * position_stride * sizeof(float));
@@ -236,13 +239,14 @@ void update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end
             add_outer_products(args.scatter + p * packed_size(f.d), panels(f.d), images, stride, n);
         }
     }
+    return true;
 }
 
 }  // namespace
 
-void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
+bool gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end) {
     if (channels_are_last(args.features)) return update_positions<1>(args, begin, end);
-    update_positions<planar_positions>(args, begin, end);
+    return update_positions<planar_positions>(args, begin, end);
 }
 
 int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end) {
@@ -250,6 +254,7 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
     const int d = args.d, padded = 8 * panels(d);
     const size_t size = packed_size(d);
     float* old = scratch.reserve(panel_group * 8 * size_t(padded)).next;
+    if (!old) return no_memory;
     for (int64_t p = begin; p < end; ++p) {
         float* a = args.scatter + p * size;
         for (size_t i = 0; i < size; ++i) a[i] /= float(args.count - 1);
@@ -259,7 +264,7 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
         invert(a, panels(d), old);
         for (int i = d; i < padded; ++i) a[packed_place(i, i)] = 0;
     }
-    return -1;
+    return all_positive;
 }
 
 }  // namespace SPD_ISA

@@ -81,7 +81,7 @@ using Images __attribute__((vector_size(4 * group))) = float;
 
 // For `group` images at a time, 1 or a quad, and `block` positions.
 template <int group, int block>
-void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
+bool score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const int64_t positions = int64_t(f.grid_height) * f.grid_width;
@@ -92,6 +92,7 @@ void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     const size_t position_stride = groups * group_size + 16;
     const size_t images = size_t(groups) * group;
     Pieces pieces = scratch.reserve(block * position_stride + 9 * images + 3 * 16);
+    if (!pieces.next) return false;
     float* x = pieces.take(block * position_stride);
     Rows* total = reinterpret_cast<Rows*>(pieces.take(8 * images));
     float* squared = pieces.take(images);
@@ -121,11 +122,12 @@ void score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
             for (int b = 0; b < f.batch; ++b) args.out[b * positions + p] = sqrtf(squared[b]);
         }
     }
+    return true;
 }
 
 }  // namespace
 
-void mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end) {
+bool mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     const bool single = args.features.batch == 1;
     if (channels_are_last(args.features))
         return single ? score_positions<1, 1>(args, begin, end)

@@ -56,12 +56,14 @@ struct GaussianFactorArgs {
     float ridge;
 };
 
-// Positions begin..end of the grid; positions are independent of each other. gaussian_factor
-// returns the first position whose covariance is not positive definite, or -1.
+// Positions begin..end of the grid; positions are independent of each other. False: out of memory.
+// gaussian_factor returns the first position whose covariance is not positive definite, or one of
+// these.
+constexpr int64_t all_positive = -1, no_memory = -2;
 #define SPD_DECLARE_GAUSSIAN(isa)                                                        \
     namespace isa {                                                                      \
-    void mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end);           \
-    void gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end);    \
+    bool mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end);           \
+    bool gaussian_update(const GaussianUpdateArgs& args, int64_t begin, int64_t end);    \
     int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end); \
     }
 

@@ -3,6 +3,7 @@
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -70,13 +71,16 @@ def check_image_size(images: Tensor, fitted: tuple[int, int], detector: str) -> 
         )
 
 
-_smoothing = lru_cache(maxsize=32)(smooth_upsample_matrix)
+@lru_cache(maxsize=32)
+def _smoothing(n_in: int, n_out: int, **smoothing) -> np.ndarray:
+    """As an array, since a tensor would remember the mode it was first asked for in."""
+    return smooth_upsample_matrix(n_in, n_out, **smoothing).float().numpy()
 
 
 def smooth_upsample(distances: Tensor, size: tuple[int, int], **smoothing) -> Tensor:
     """(B, h, w) distances -> (B, *size) maps, as `reference.smooth_upsample_matrix` says."""
     along_y, along_x = (
-        _smoothing(n_in, n_out, **smoothing).to(distances)
+        torch.from_numpy(_smoothing(n_in, n_out, **smoothing)).to(distances)
         for n_in, n_out in zip(distances.shape[1:], size)
     )
     return along_y @ distances @ along_x.mT

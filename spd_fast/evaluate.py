@@ -297,7 +297,7 @@ def _curves(scored: Scored, labels: np.ndarray) -> dict[str, list[list[float]]]:
     curves = {}
     for level, scores, truth in (
         ("image", scored.scores, labels),
-        ("pixel", scored.maps.ravel(), scored.masks.ravel()),
+        ("pixel", scored.maps, scored.masks),
     ):
         for name, curve in (("roc", metrics.roc_curve), ("pr", metrics.pr_curve)):
             x, y = curve(scores, truth)

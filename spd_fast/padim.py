@@ -3,10 +3,12 @@
 Defard et al., "PaDiM", ICPR workshops 2021; the paper's 1-class method (section 5).
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from spd_fast.detector import (
@@ -103,7 +105,7 @@ class PaDiM:
         self.image_size: tuple[int, int] | None = None
         self.grid: tuple[int, int] | None = None  # height and width of layer1
         self.mean = self.factor = None
-        self.scatter = None  # while fitting; becomes the factor
+        self._scatter = None  # while fitting; becomes the factor
 
     @torch.inference_mode()
     def _count_channels(self) -> int:
@@ -136,7 +138,20 @@ class PaDiM:
             InputError: fewer than two images, several image sizes, features that are not finite,
                 or a rank without an image.
         """
+        if distributed and not dist.is_initialized():
+            raise InputError("a distributed fit needs torch.distributed.init_process_group first")
         self._forget()
+        try:
+            if distributed:
+                self._fold_part(batches)
+            else:
+                self._fold_all(batches)
+            return self.finish()
+        except BaseException:
+            self._forget()  # no images of this fit may enter the next one
+            raise
+
+    def _fold_all(self, batches: Iterable[Tensor]) -> None:
         waiting: list[list[Tensor]] = []
         for images in batches:
             waiting.append(self._layers_to_fit(images))
@@ -145,9 +160,26 @@ class PaDiM:
                 waiting = []
         if waiting:
             self._fold(waiting)
-        if distributed:
-            self._merge_ranks()
-        return self.finish()
+
+    def _fold_part(self, batches: Iterable[Tensor]) -> None:
+        """Fold this rank's images, then merge all ranks'; a rank in trouble tells the others."""
+        trouble = None
+        try:
+            self._fold_all(batches)
+        except InputError as error:
+            trouble = str(error)
+        own = self.count, trouble, self._identity() if self.count else None
+        ranks: list = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, own)
+        for rank, (_, reason, _) in enumerate(ranks):
+            if reason:
+                raise InputError(f"rank {rank} cannot fit its images: {reason}")
+        counts = [count for count, *_ in ranks]
+        if not all(counts):
+            raise InputError(f"every rank needs an image to fit, they have {counts}")
+        for rank, (*_, identity) in enumerate(ranks):
+            _refuse_other_model(own[2], identity, f"rank {dist.get_rank()} and rank {rank}")
+        self._merge_ranks(sum(counts))
 
     def update(self, images: Tensor) -> "PaDiM":
         """Fold (B, 3, H, W) normal images in. Best in batches of 32; `finish` ends the fit."""
@@ -159,21 +191,16 @@ class PaDiM:
 
         Raises:
             InputError: one of them is finished or has no images, or they differ in backbone,
-                kept channels or image size.
+                weights, preset, kept channels or image size.
         """
         for model in (self, other):
-            if model.scatter is None:
-                raise InputError("merge needs two PaDiMs after update() and before finish()")
-        mine, theirs = ((m.backbone, m.image_size, m.channels.tolist()) for m in (self, other))
-        if mine != theirs:
-            raise InputError(
-                f"only PaDiMs of one backbone, image size and list of channels can be merged, got "
-                f"{mine[:2]} and {theirs[:2]}"
-            )
+            if model._scatter is None or not model.count:
+                raise InputError("merge needs two PaDiMs with images, before finish()")
+        _refuse_other_model(self._identity(), other._identity(), "these")
         total = self.count + other.count
         shift = other.mean - self.mean
         self._add_outer_product(shift, self.count * other.count / total)
-        self.scatter += other.scatter
+        self._scatter += other._scatter
         self.mean += shift * (other.count / total)
         self.count = total
         return self
@@ -184,12 +211,31 @@ class PaDiM:
         Raises:
             InputError: fewer than two images.
         """
-        if self.count < 2 or self.scatter is None:
+        if self.factor is not None:
+            raise InputError("this PaDiM is finished already: fit() starts anew")
+        if self.count < 2:
             raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {self.count}")
-        gaussian_factor(self.scatter, len(self.channels), self.count, self.settings.ridge)
-        self.factor = narrowed(self.scatter, getattr(torch, self.factor_dtype))
-        self.scatter = None
+        scatter, self._scatter = self._scatter, None  # nobody else holds it, see `narrowed`
+        try:
+            gaussian_factor(scatter, len(self.channels), self.count, self.settings.ridge)
+        except BaseException:
+            self._forget()
+            raise
+        self.factor = narrowed(scatter, getattr(torch, self.factor_dtype))
         return self
+
+    def _identity(self) -> dict:
+        """What two models must share for their images to be counted together."""
+        digest = hashlib.sha256()
+        for values in self.network.state_dict().values():
+            digest.update(values.cpu().contiguous().numpy())
+        return {
+            "backbone": self.backbone,
+            "weights": digest.hexdigest()[:16],
+            "preset": self.preset,
+            "image size": self.image_size,
+            "channels": self.channels.tolist(),
+        }
 
     def _layers_to_fit(self, images: Tensor) -> list[Tensor]:
         if self.factor is not None:
@@ -202,11 +248,12 @@ class PaDiM:
 
     def _fold(self, blocks: list[list[Tensor]]) -> None:
         layers = blocks[0] if len(blocks) == 1 else [torch.cat(layer) for layer in zip(*blocks)]
-        if self.scatter is None:
+        if self._scatter is None:
             positions, d = self.grid[0] * self.grid[1], len(self.channels)
-            self.mean = torch.zeros(positions, d, device=self.device)
-            self.scatter = torch.zeros(positions, packed_size(d), device=self.device)
-        gaussian_update(layers, self.channels, self.count, self.mean, self.scatter)
+            with torch.inference_mode(False):  # `merge` may come outside of it
+                self.mean = torch.zeros(positions, d, device=self.device)
+                self._scatter = torch.zeros(positions, packed_size(d), device=self.device)
+        gaussian_update(layers, self.channels, self.count, self.mean, self._scatter)
         self.count += len(layers[0])
 
     def _add_outer_product(self, x: Tensor, weight: float) -> None:
@@ -215,23 +262,14 @@ class PaDiM:
         d = len(self.channels)
         image = ((2 * weight) ** 0.5 * x).view(1, *self.grid, d).permute(0, 3, 1, 2)
         every = torch.arange(d, device=self.device)
-        gaussian_update([image], every, 1, torch.zeros_like(self.mean), self.scatter)
+        gaussian_update([image], every, 1, torch.zeros_like(self.mean), self._scatter)
 
-    def _merge_ranks(self) -> None:
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            raise InputError("a distributed fit needs torch.distributed.init_process_group first")
-        counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=self.device)
-        counts[dist.get_rank()] = self.count
-        dist.all_reduce(counts)
-        if not bool(counts.all()):
-            raise InputError(f"every rank needs an image to fit, they have {counts.tolist()}")
-        own, total = self.count, int(counts.sum())
-        mean = self.mean.double() * (own / total)
+    def _merge_ranks(self, total: int) -> None:
+        """Every rank's scatter is moved to the common mean; then they only add up."""
+        mean = self.mean.double() * (self.count / total)
         dist.all_reduce(mean)
-        self._add_outer_product(self.mean - mean.float(), own)
-        for part in self.scatter.split(64):  # so that no large buffer is needed
+        self._add_outer_product(self.mean - mean.float(), self.count)
+        for part in self._scatter.split(64):  # so that no large buffer is needed
             dist.all_reduce(part)
         self.mean, self.count = mean.float(), total
 
@@ -255,6 +293,9 @@ class PaDiM:
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
         if not bool(distances.isfinite().all()):  # much smaller than the layers, which cause it
             refuse_not_finite(layers, self.backbone)
+            raise InputError(
+                f"features of {self.backbone} are too large to score: their distances overflow"
+            )
         maps = smooth_upsample(distances, self.image_size, border=self.settings.border)
         return maps, maps.amax((1, 2))
 
@@ -281,7 +322,10 @@ class PaDiM:
     def load(
         cls, path: str | Path, device: str | torch.device = "cpu", compile: bool = False
     ) -> "PaDiM":
-        """Read what `save` wrote. On the CPU the factor stays in the file, mapped into memory.
+        """Read what `save` wrote.
+
+        On the CPU the factor stays in the file, mapped into memory: while the model lives, replace
+        the file (as `save` does) or remove it, but never write into it.
 
         Raises:
             InputError: the file is missing or is not a saved PaDiM.
@@ -292,9 +336,18 @@ class PaDiM:
             model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)
             model._use(new_backbone(state["backbone"]), compile)
             model.network.load_state_dict(state["network"])
-            model.count, model.image_size = state["count"], tuple(state["image_size"])
+            model.count, model.image_size = int(state["count"]), tuple(state["image_size"])
             for name in ("channels", "mean", "factor"):
                 setattr(model, name, state[name].to(model.device))
-        except (KeyError, RuntimeError) as error:  # a part is missing or of another shape
+            positions, d = model.mean.shape
+            if model.factor.shape != (positions, packed_size(d)) or model.channels.shape != (d,):
+                raise ValueError("its channels, means and factors do not fit each other")
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, InputError) as error:
             raise InputError(f"{path} is a damaged PaDiM: {error}") from error
         return model
+
+
+def _refuse_other_model(mine: dict, theirs: dict, who: str) -> None:
+    different = [name for name in mine if mine[name] != theirs[name]]
+    if different:
+        raise InputError(f"{who} PaDiMs cannot be merged: they differ in {', '.join(different)}")

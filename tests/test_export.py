@@ -45,7 +45,7 @@ def test_program_for_one_size_of_batch(tmp_path, batch):
     program = torch.export.load(tmp_path / "padim.pt2").module()
     for ours, theirs in zip(program(images[:batch]), model.score(images[:batch])):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    with pytest.raises(Exception, match=f"equal to {batch}, but got 2"):
+    with pytest.raises(Exception, match=f"(equal to|==) {batch}"):
         program(images[:2])
 
 

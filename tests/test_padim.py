@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from spd_fast import InputError, PaDiM, reference
 from spd_fast.detector import feature_network
 from spd_fast.models import FeatureLayers, load_backbone
 from spd_fast.ops.backends import native
+from spd_fast.ops.mahalanobis import narrowed
 from spd_fast.preprocess import PRESETS, displayed_image, prepare_image, prepare_mask
 
 
@@ -146,13 +148,47 @@ def test_merged_parts_equal_one_fit():
     torch.testing.assert_close(
         merged.score(train[:2])[0], whole.score(train[:2])[0], rtol=1e-3, atol=1e-3
     )
-    with pytest.raises(InputError, match=r"after update\(\) and before finish\(\)"):
+    with pytest.raises(InputError, match=r"two PaDiMs with images, before finish\(\)"):
         merged.merge(second)
     with pytest.raises(InputError, match=r"finished: fit\(\) starts anew"):
         merged.update(train)
     other = PaDiM(weights="random", n_features=20, seed=1).update(train)
-    with pytest.raises(InputError, match="one backbone, image size and list of channels"):
+    with pytest.raises(InputError, match="differ in weights, channels"):
         second.merge(other)
+    with pytest.raises(InputError, match="with images, before finish"):
+        second.merge(PaDiM(weights="random", n_features=20).update(train[:0]))
+    with pytest.raises(InputError, match="finished already"):
+        merged.finish()
+
+
+def test_a_failed_fit_leaves_nothing_for_the_next():
+    train = photo_crops(6, "paper")
+    model = PaDiM(weights="random", n_features=8)
+    with pytest.raises(InputError, match="fitted on 224 x 224"):
+        model.fit([*[train] * 6, train[:, :, :64, :64]])
+    assert model.update(train[:, :, :96, :96]).finish().count == 6
+    constant = PaDiM(weights="random", n_features=8)
+    constant.settings = dataclasses.replace(constant.settings, ridge=0.0)
+    with pytest.raises(InputError, match="not positive definite"):
+        constant.update(train[:1].repeat(3, 1, 1, 1)).finish()
+    assert constant.count == 0
+
+
+def test_merging_works_inside_and_outside_of_inference_mode():
+    train = photo_crops(6, "paper")
+    first, second = (PaDiM(weights="random", n_features=8) for _ in range(2))
+    with torch.inference_mode():
+        first.update(train[:3])
+    assert first.merge(second.update(train[3:])).finish().count == 6
+
+
+def test_only_memory_of_its_own_is_given_back():
+    whole = torch.ones(200, 5000)
+    part = whole[100:]
+    assert torch.equal(narrowed(part, torch.float16), torch.ones(100, 5000).half())
+    assert bool((whole == 1).all())
+    narrowed(whole, torch.float16)
+    assert int((whole == 0).sum()) > 0.9 * whole.numel()
 
 
 RANK = """
@@ -163,8 +199,15 @@ train = torch.load(sys.argv[1])
 part = train.split([2, 10])[dist.get_rank()]
 model = PaDiM(weights="random", n_features=20).fit(part.split(4), distributed=True)
 model.save(f"{sys.argv[2]}/{dist.get_rank()}.pt")
+for broken in (part[:0], part + torch.nan):
+    attempt = part if dist.get_rank() else broken
+    try:
+        model.fit(attempt.split(4), distributed=True)
+    except InputError as error:
+        print(error)
+other = PaDiM(weights="random", n_features=20, seed=dist.get_rank())
 try:
-    model.fit(part.split(4) if dist.get_rank() else [], distributed=True)
+    other.fit(part.split(4), distributed=True)
 except InputError as error:
     print(error)
 """
@@ -186,6 +229,8 @@ def test_a_fit_spread_over_ranks_equals_one_fit(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("every rank needs an image to fit, they have [0, 10]") == 2
+    assert done.stdout.count("rank 0 cannot fit its images: layer1 of resnet18 has NaN") == 2
+    assert done.stdout.count("PaDiMs cannot be merged: they differ in weights, channels") == 2
     whole = PaDiM(weights="random", n_features=20).fit([train])
     maps, _ = whole.score(train[:2])
     for rank in range(2):
@@ -267,6 +312,13 @@ def test_wrong_use_is_named(tmp_path):
     torch.save(state | {"version": 99}, tmp_path / "new.pt")
     with pytest.raises(InputError, match="has version 99"):
         PaDiM.load(tmp_path / "new.pt")
+    for part, value in (("image_size", 7), ("mean", 3), ("network", 3), ("preset", "mine")):
+        torch.save(state | {part: value}, tmp_path / "part.pt")
+        with pytest.raises(InputError, match="part.pt is a damaged PaDiM"):
+            PaDiM.load(tmp_path / "part.pt")
+    torch.save(state | {"channels": state["channels"][1:]}, tmp_path / "part.pt")
+    with pytest.raises(InputError, match="do not fit each other"):
+        PaDiM.load(tmp_path / "part.pt")
     del state["mean"]
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(InputError, match="damaged PaDiM: 'mean'"):

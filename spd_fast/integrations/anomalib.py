@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spd_fast.detector import smooth_upsample
 from spd_fast.errors import InputError
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map, narrowed
+from spd_fast.preprocess import PRESETS
 from spd_fast.reference import pack, packed_size, unpack
 
 try:
@@ -31,15 +32,16 @@ except ImportError as error:
         "spd_fast.integrations.anomalib needs anomalib: pip install 'spd-fast[anomalib]'"
     ) from error
 
-RIDGE = 0.01 + 1e-5  # what anomalib adds to the covariance, in two steps
+RIDGE = PRESETS["anomalib"].ridge  # it adds it to the covariance in two steps
 BLOCK_BYTES = 1 << 26  # float64 matrices converted at a time
 
 
-def accelerate(model: Padim | PadimModel, factor_dtype: str = "float32") -> Padim | PadimModel:
+def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Padim | PadimModel:
     """The fitted model with our scorer.
 
     Of a `Padim` the `.model` is replaced, in place. Of a `PadimModel` a new one is made, which
     shares the backbone; while both live, memory holds the inverse covariances and the factors.
+    What has our scorer already is changed in place.
     The state dict stays anomalib's in keys and shapes, for which the inverse covariances are made
     anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB. Thresholds stay as anomalib set
     them, to the score of one validation image each, whose label rounding may turn over;
@@ -49,7 +51,8 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str = "float32") -> Padi
         model: fitted by anomalib (`Engine.fit`, or loaded from its checkpoint), or by
             `StreamingPadim`, whose state dict then becomes anomalib's as well.
         factor_dtype: "float32", or "float16" for half the memory and, with large batches or a
-            memory-bound grid, more speed; scores then differ by about 1e-3.
+            memory-bound grid, more speed; scores then differ by up to 1e-3. None: as it is, or
+            "float32" for anomalib's own.
 
     Raises:
         InputError: not one of these classes, not fitted, or an inverse covariance that is not
@@ -62,7 +65,11 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str = "float32") -> Padi
         raise InputError(
             f"expected a fitted anomalib Padim or PadimModel, got {type(model).__name__}"
         )
-    fast = model if isinstance(model, FastPadimModel) else FastPadimModel(model, factor_dtype)
+    if isinstance(model, FastPadimModel):
+        fast, factor_dtype = model, factor_dtype or model.factor_dtype
+    else:
+        factor_dtype = factor_dtype or "float32"
+        fast = FastPadimModel(model, factor_dtype)
     if not fast.is_fitted:
         raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
     fast.factor = fast.factor.to(_dtype(factor_dtype))
@@ -145,9 +152,9 @@ class FastPadimModel(PadimModel):
         count, mean, scatter = self.running or (0, self.mean, self.factor)
         if count < 2:
             raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {count}")
+        self.running = None  # whatever happens: what follows changes the scatter in place
         gaussian_factor(scatter, len(self.idx), count, RIDGE)
         self.mean, self.factor = mean, narrowed(scatter, _dtype(self.factor_dtype))
-        self.running = None
 
     def layers_and_channels(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """What our operations take; the kept channels come in rising order."""
@@ -181,7 +188,9 @@ class FastPadimModel(PadimModel):
             )
         for name in ("mean", "factor"):  # their shapes depend on the image size
             if f"{prefix}{name}" in state_dict:
-                value = torch.empty_like(state_dict[f"{prefix}{name}"], device=self.idx.device)
+                given = state_dict[f"{prefix}{name}"]
+                dtype = _dtype(self.factor_dtype) if name == "factor" else given.dtype
+                value = torch.empty_like(given, dtype=dtype, device=self.idx.device)
                 setattr(self, name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -144,14 +144,17 @@ def gaussian_factor(
 def narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """The factor in another dtype; nobody may use the one given afterwards.
 
-    Its memory on the CPU is given back as it is read, so that both never stand side by side.
+    Its memory on the CPU is given back as it is read, so that both never stand side by side,
+    unless it is a part of a larger tensor or shared with other processes.
     """
     if factor.dtype == dtype:
         return factor
+    owned = factor.untyped_storage().nbytes() == factor.nbytes and not factor.is_shared()
+    give_back = owned and native is not None and factor.device.type == "cpu"
     narrow = torch.empty(factor.shape, dtype=dtype, device=factor.device)
     for to, rows in zip(narrow.split(64), factor.split(64)):
         to.copy_(rows)
-        if native is not None and rows.device.type == "cpu":
+        if give_back:
             native.give_back(rows.numpy())
     return narrow
 
@@ -256,6 +259,13 @@ def _update_native(features, channels, count, mean, scatter, threads) -> None:
     )
 
 
+def _factor_reasons(scatter) -> list[str]:
+    reasons = not_on_cpu([scatter])
+    if not scatter.is_contiguous():
+        reasons.append("the packed triangle must be contiguous")
+    return reasons
+
+
 def _factor_native(scatter, d, count, ridge, threads) -> None:
     position = native.gaussian_factor(scatter.numpy(), d, count, ridge, thread_count(threads))
     if position >= 0:
@@ -286,6 +296,6 @@ OPERATIONS["gaussian_update"] = (
     ),
 )
 OPERATIONS["gaussian_factor"] = (
-    native_backend(_factor_native, lambda scatter: not_on_cpu([scatter])),
+    native_backend(_factor_native, _factor_reasons),
     reference_backend(_factor_reference),
 )
