@@ -220,6 +220,8 @@ class Resize {
             ring_ = pieces.take(size_t(ring_rows_) * 3 * pitch_);
             return;
         }
+        // A lookup reads up to a vector past a channel's end; what lies there does not matter. Past
+        // the last row of a view lie these tables.
         line_ = pieces.take(3 * size_t(pitch_) + lanes);
         if (has_lookup) blocks_ = block_taps(along_, to.width, pieces);
     }
