@@ -7,7 +7,7 @@ import torch
 from scipy.spatial.distance import mahalanobis
 
 from spd_fast import InputError, PaDiM
-from spd_fast.integrations.numpy_padim import read_numpy_padim
+from spd_fast.integrations.numpy_padim import _STAND_INS, read_numpy_padim
 
 
 def as_it_fits(path, d=20, n=10, protocol=4, size=64):
@@ -126,3 +126,14 @@ def test_flags_of_a_dtype_are_not_believed(tmp_path):
     (tmp_path / "train.pkl").write_bytes(pickle.dumps([Holder(), Holder()]))
     with pytest.raises(InputError, match=r"shapes \(4,\) and \(4,\)"):
         read_numpy_padim(tmp_path / "train.pkl")
+
+
+@pytest.mark.parametrize("name", [b"numpy._core.numeric\n_frombuffer", b"numpy\ndtype"])
+def test_a_file_cannot_change_the_reader(tmp_path, name):
+    before = [vars(x).copy() if hasattr(x, "__dict__") else () for x in _STAND_INS.values()]
+    state = b"N}(X\x0c\x00\x00\x00__defaults__)u\x86"  # (None, {"__defaults__": ()})
+    (tmp_path / "bad.pkl").write_bytes(b"\x80\x02c" + name + b"\n" + state + b"b.")
+    with pytest.raises(InputError, match="bad.pkl is truncated or not a pickle"):
+        read_numpy_padim(tmp_path / "bad.pkl", weights="random")
+    after = [vars(x).copy() if hasattr(x, "__dict__") else () for x in _STAND_INS.values()]
+    assert before == after

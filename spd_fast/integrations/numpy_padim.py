@@ -151,14 +151,20 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def _frozen(function):
+    """As an object without attributes: a pickle may set those of any object that it names."""
+    members = {"__slots__": (), "__call__": staticmethod(function)}
+    return type(function.__name__, (), members)()
+
+
 _STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
-    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
-    ("_codecs", "encode"): _latin1,
+    ("numpy.core.multiarray", "_reconstruct"): _frozen(_reconstruct),
+    ("numpy._core.multiarray", "_reconstruct"): _frozen(_reconstruct),
+    ("numpy.core.numeric", "_frombuffer"): _frozen(_frombuffer),
+    ("numpy._core.numeric", "_frombuffer"): _frozen(_frombuffer),
+    ("_codecs", "encode"): _frozen(_latin1),
 }
 
 
