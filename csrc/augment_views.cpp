@@ -23,8 +23,10 @@ Plane whole_plane(float* memory, int height, int width) {
     return {memory + blur_radius(height) * size_t(row), height, width, pitch, row};
 }
 
+// A vector more, which a lookup in the last row may read past its end; what lies there does not
+// matter.
 size_t plane_floats(int height, int width) {
-    return size_t(height + blur_radius(height)) * 3 * padded(width);
+    return size_t(height + blur_radius(height)) * 3 * padded(width) + lanes;
 }
 
 struct Kept {
@@ -101,7 +103,7 @@ bool augment_image(const AugmentArgs& args, int64_t image) {
     for (int v = 0; v < views; ++v) most = max2(most, view_scratch(params[v], height, width));
     const size_t plane_size = plane_floats(height, width), line = 3 * size_t(width);
     const size_t table = views * sizeof(Kept) / sizeof(float);
-    Pieces pieces = scratch.reserve((views + 1) * plane_size + most + table + line + 4 * 16);
+    Pieces pieces = scratch.reserve((views + 1) * (plane_size + 16) + most + table + line + 4 * 16);
     if (!pieces.next) return false;
     const Store out(args, image, pieces);
     const Plane shared = whole_plane(pieces.take(plane_size), height, width);

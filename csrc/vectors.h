@@ -86,8 +86,8 @@ static inline void transpose_quarters(Floats* v) {
 #endif
 }
 
-// Four interleaved RGB pixels of each row, of which number(j) gives the jth as numbers 0..255 in
-// the first three places of the row's quarter. Reads `read_past` pixels more.
+// Four interleaved RGB pixels of each row, of which pixel(j) gives the jth as numbers 0..255 in
+// the first three places of the row's quarter. Touches up to `read_past` pixels more.
 struct FourPixels {
 #ifdef __SSE4_1__
     static constexpr int read_past = 2;
@@ -108,7 +108,7 @@ struct FourPixels {
                   _mm512_inserti32x4(_mm512_castsi128_si512(row(s[0] + at)), row(s[1] + at), 1),
                   row(s[2] + at), 2),
               row(s[3] + at), 3)) {}
-    Floats number(int j) const {
+    Floats pixel(int j) const {
         const __m512i widened = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(places(j)));
         return (Floats)_mm512_cvtepi32_ps(widened);
     }
@@ -117,21 +117,21 @@ struct FourPixels {
     FourPixels(const uint8_t* const* s, int at)
         : bytes(
               _mm256_inserti128_si256(_mm256_castsi128_si256(row(s[0] + at)), row(s[1] + at), 1)) {}
-    Floats number(int j) const {
+    Floats pixel(int j) const {
         const __m256i widened = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(places(j)));
         return (Floats)_mm256_cvtepi32_ps(widened);
     }
 #elif defined(__SSE4_1__)
     __m128i bytes;
     FourPixels(const uint8_t* const* s, int at) : bytes(row(s[0] + at)) {}
-    Floats number(int j) const {
+    Floats pixel(int j) const {
         return (Floats)_mm_cvtepi32_ps(_mm_shuffle_epi8(bytes, places(j)));
     }
 #else
     static constexpr int read_past = 0;
     const uint8_t* bytes;
     FourPixels(const uint8_t* const* s, int at) : bytes(s[0] + at) {}
-    Floats number(int j) const {
+    Floats pixel(int j) const {
         return Floats{float(bytes[3 * j]), float(bytes[3 * j + 1]), float(bytes[3 * j + 2]), 0};
     }
 #endif

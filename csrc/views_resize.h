@@ -94,29 +94,32 @@ void weighted_rows(float* d, const float* const* rows, int n, const float* w, in
 
 // A vector holds one pixel of each of `pixel_rows` rows. What an output needs is then found without
 // a lookup, however far it lies from what its neighbour needs, and one weight serves all of it.
-// There is no other way from the bytes of an image that is as short.
 
 // n pixels of rows s[0 .. pixel_rows - 1].
 void read_pixels(Floats* d, const uint8_t* const* s, int n) {
     int x = 0;
     for (; x + 4 + FourPixels::read_past <= n; x += 4) {
         const FourPixels pixels(s, 3 * x);
-        for (int j = 0; j < 4; ++j) d[x + j] = pixels.number(j);
+        for (int j = 0; j < 4; ++j) d[x + j] = pixels.pixel(j);
     }
-    for (; x < n; ++x)
+    for (; x < n; ++x) {
+        Floats pixel{};
         for (int r = 0; r < pixel_rows; ++r)
-            for (int c = 0; c < 3; ++c) d[x][4 * r + c] = s[r][3 * x + c];
+            for (int c = 0; c < 3; ++c) pixel[4 * r + c] = s[r][3 * x + c];
+        d[x] = pixel;
+    }
 }
 
-// The same from the channels of one row, `pitch` apart; the other rows are not written.
+// The same from the channels of one row, `pitch` apart.
 void interleave_pixels(Floats* d, const float* planar, int pitch, int n) {
+    static_assert(has_lookup || pixel_rows == 1, "where there are more, lookups take its place");
     for (int x = 0; x < n; ++x)
-        for (int c = 0; c < 3; ++c) d[x][c] = planar[c * pitch + x];
+        d[x] = Floats{planar[x], planar[pitch + x], planar[2 * pitch + x], 0};
 }
 
 // Row r of the result is planar at d[r], its channels `pitch` apart.
 template <int fixed_taps = 0>
-void weighted_pixels(float* const* d, int rows, int pitch, const Floats* s, const Taps& t) {
+void weighted_pixels(float* const* d, int pitch, const Floats* s, const Taps& t) {
     const int taps = fixed_taps ? fixed_taps : t.taps;
     const float* w = t.weights;
     for (int x = 0; x < pitch; x += 4) {
@@ -128,26 +131,27 @@ void weighted_pixels(float* const* d, int rows, int pitch, const Floats* s, cons
             block[j] = sum;
         }
         transpose_quarters(block);
-        for (int r = 0; r < rows; ++r)
+        for (int r = 0; r < pixel_rows; ++r)
             for (int c = 0; c < 3; ++c) store_quarter(d[r] + c * pitch + x, block[c], r);
     }
 }
 
-void weighted_pixels_by_taps(float* const* d, int rows, int pitch, const Floats* s, const Taps& t) {
+void weighted_pixels_by_taps(float* const* d, int pitch, const Floats* s, const Taps& t) {
     switch (t.taps) {
-        case 1: return weighted_pixels<1>(d, rows, pitch, s, t);
-        case 2: return weighted_pixels<2>(d, rows, pitch, s, t);
-        case 3: return weighted_pixels<3>(d, rows, pitch, s, t);
-        case 4: return weighted_pixels<4>(d, rows, pitch, s, t);
-        case 5: return weighted_pixels<5>(d, rows, pitch, s, t);
-        default: return weighted_pixels(d, rows, pitch, s, t);
+        case 1: return weighted_pixels<1>(d, pitch, s, t);
+        case 2: return weighted_pixels<2>(d, pitch, s, t);
+        case 3: return weighted_pixels<3>(d, pitch, s, t);
+        case 4: return weighted_pixels<4>(d, pitch, s, t);
+        case 5: return weighted_pixels<5>(d, pitch, s, t);
+        default: return weighted_pixels(d, pitch, s, t);
     }
 }
 
 // ---------------------------------------------------------------------- along the row, by lookups
 
 // The taps of `lanes` outputs at a time: what lane j of block b needs lies at base[b] + index[b][j]
-// and the places after it. A view is never made smaller from another, so the index fits a vector.
+// and the places after it. A crop of a view is at most as large as the result, so the first taps of
+// neighbours are at most one place apart, and the index fits a vector.
 struct TapBlocks {
     int taps, blocks;
     int* base;
@@ -176,9 +180,8 @@ TapBlocks block_taps(const Taps& t, int out, Pieces& pieces) {
 }
 
 // By looking up a tap of `lanes` outputs in a register. Channels are `to` and `from` apart.
-template <int fixed_taps = 0>
+template <int taps>
 void weighted_lookups(float* d, ptrdiff_t to, const float* s, ptrdiff_t from, const TapBlocks& t) {
-    const int taps = fixed_taps ? fixed_taps : t.taps;
     for (int b = 0; b < t.blocks; ++b) {
         const float* p = s + t.base[b];
         const Floats* w = t.weights + b * taps;
@@ -199,10 +202,11 @@ struct Source {
     Plane view;
 };
 
-int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
+int next_power_of_two(int n) { return n <= 1 ? 1 : 2 * next_power_of_two((n + 1) / 2); }
 
 // An image's rows are resized along the row first, each once, and kept as long as a later row of
-// the view may need them. A view's rows are planar already and as many as come out: down first.
+// the view may need them. A view's rows are planar already, and its crop has no more rows than the
+// result: down first.
 class Resize {
   public:
     Resize(const Source& source, const ViewParams& p, const Plane& to, Pieces& pieces)
@@ -213,15 +217,13 @@ class Resize {
           along_(
               resize_taps(box_.width, to.width, p.flip != 0, source.image ? 1 / 255.f : 1, pieces)),
           rows_(reinterpret_cast<const float**>(pieces.take(2 * down_.taps))),
-          ring_rows_(power_of_two(down_.taps + pixel_rows - 1)) {
+          ring_rows_(next_power_of_two(down_.taps + pixel_rows - 1)) {
         if (source.image || !has_lookup)
             pixels_ = reinterpret_cast<Floats*>(pieces.take(size_t(box_.width) * lanes));
         if (source.image) {
             ring_ = pieces.take(size_t(ring_rows_) * 3 * pitch_);
             return;
         }
-        // A lookup reads up to a vector past a channel's end; what lies there does not matter. Past
-        // the last row of a view lie these tables.
         line_ = pieces.take(3 * size_t(pitch_) + lanes);
         if (has_lookup) blocks_ = block_taps(along_, to.width, pieces);
     }
@@ -238,12 +240,11 @@ class Resize {
             weighted_rows(line_, rows_, 2 * pitch_ + box_.width, w, down_.taps);
             line = line_;
         }
-        if (has_lookup) switch (blocks_.taps) {
-                case 1: return weighted_lookups<1>(d, pitch_, line, pitch_, blocks_);
-                default: return weighted_lookups<2>(d, pitch_, line, pitch_, blocks_);
-            }
+        if (has_lookup)  // one tap where the size stays, else two
+            return blocks_.taps == 1 ? weighted_lookups<1>(d, pitch_, line, pitch_, blocks_)
+                                     : weighted_lookups<2>(d, pitch_, line, pitch_, blocks_);
         interleave_pixels(pixels_, line, pitch_, box_.width);
-        weighted_pixels_by_taps(&d, 1, pitch_, pixels_, along_);
+        weighted_pixels_by_taps(&d, pitch_, pixels_, along_);
     }
 
   private:
@@ -258,7 +259,7 @@ class Resize {
             }
             read_pixels(pixels_, s, box_.width);
             for (int i = 0; i < pixel_rows; ++i) prefetch_bytes(ready_ + pixel_rows + i);
-            weighted_pixels_by_taps(d, pixel_rows, pitch_, pixels_, along_);
+            weighted_pixels_by_taps(d, pitch_, pixels_, along_);
         }
         return ring_row(r);
     }
@@ -295,7 +296,7 @@ size_t resize_scratch(const ViewParams& p, int height, int width) {
     const size_t taps_y = most_taps(h, height), taps_x = most_taps(w, width);
     const size_t tables = padded(height) * (taps_y + 1) + padded(width) * (taps_x + 1) + 2 * taps_y,
                  blocks = padded(width) * (taps_x + 2), pixels = size_t(w) * lanes;
-    const size_t rows = power_of_two(int(taps_y) + pixel_rows - 1) * 3 * size_t(padded(width));
+    const size_t rows = next_power_of_two(int(taps_y) + pixel_rows - 1) * 3 * size_t(padded(width));
     return tables + blocks + pixels + rows + lanes + 11 * 16;
 }
 

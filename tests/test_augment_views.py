@@ -1,3 +1,7 @@
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +87,34 @@ def test_views_may_be_made_from_any_other_view():
     exact = reference.augment_views(images, params, size, dtype=torch.float64)
     fast = augment_views(images, params, size, **IDENTITY, backend="native")
     assert (fast - exact).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_nothing_beside_the_image_is_read():
+    PROT_NONE = 0
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, 3 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guarded in (start, start + 2 * page):
+        assert libc.mprotect(ctypes.c_void_p(guarded), page, PROT_NONE) == 0
+    pages = torch.frombuffer(memory, dtype=torch.uint8)
+    for height in (1, 2, 3, 5, 8):
+        for width in (*range(1, 24), 40):
+            n = 3 * height * width
+            for begin in (page, 2 * page - n):  # after the first guarded page, before the last
+                image = pages[begin : begin + n].view(height, width, 3)
+                image.copy_(noise_images([(height, width)], seed=width)[0])
+                params = neutral(height, width)
+                exact = reference.augment_views([image], params, (7, 9), dtype=torch.float64)
+                fast = augment_views([image], params, (7, 9), **IDENTITY, backend="native")
+                assert (fast - exact).abs().max() < 2e-6
+
+
+def neutral(height: int, width: int) -> torch.Tensor:
+    """One view of the whole image, nothing but resized."""
+    params = sample_view_params(recipes.supervised(spd=False), [(height, width)], [0], 0, 0, 8)
+    params[0, 0, 1:6] = torch.tensor([0, 0, height, width, 0])
+    return params
 
 
 def test_crops_of_every_width():
@@ -271,6 +303,8 @@ def broken(column=None, value=None, view=2, **changes):
             "sides must be below",
         ),
         (broken(out=torch.zeros(2, 2)), "out must be"),
+        (broken(out=torch.zeros(4, 3, 3, 64, 64, requires_grad=True)), "not require gradients"),
+        (broken(images=(torch.zeros(9, dtype=torch.uint8), [[0.5, 1, 1]] * 3)), "whole numbers"),
         (broken("source", 4), "image 1, view 2: source must be -1 or a view index below 4"),
         (broken("source", 2), "in a circle"),
         (broken("crop_top", 70), "image 1, view 2: the crop box is empty or reaches outside"),

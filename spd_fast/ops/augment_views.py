@@ -115,7 +115,9 @@ def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
                 f"a ragged batch needs an (N, 3) table of offset, height and width, got "
                 f"{tuple(table.shape)}"
             )
-        return [pixels], torch.cat([torch.zeros_like(table[:, :1]), table], 1).long()
+        if table.is_floating_point() or table.is_complex():
+            raise InputError(f"a ragged batch's table must hold whole numbers, got {table.dtype}")
+        return [pixels.contiguous()], torch.cat([torch.zeros_like(table[:, :1]), table], 1).long()
     if isinstance(images, np.ndarray | Tensor):
         batch = _as_tensor(images)
         if batch.ndim != 4 or batch.shape[3] != 3:
@@ -182,6 +184,10 @@ def check(
     for i, buffer in enumerate(buffers):
         if buffer.dtype != torch.uint8:
             raise InputError(f"images must be uint8, got {buffer.dtype} (image or buffer {i})")
+    if layout.dtype != torch.int64 or layout.ndim != 2 or layout.shape[1] != 4:
+        raise InputError(f"layout must be (N, 4) int64, got {layout.dtype} {tuple(layout.shape)}")
+    if params.requires_grad or out.requires_grad:
+        raise InputError("params and out must not require gradients: views have none")
     if params.device.type != "cpu" or params.dtype != torch.float32:
         raise InputError(
             f"params must be float32 on the CPU, got {params.dtype} on {params.device}"
@@ -213,6 +219,8 @@ def check(
         # For a few images, as a loader has them, numpy takes as long as making a view.
         if native is None or not native.views_are_valid(sizes, *tables, height, width):
             explain(sizes, *tables, height, width)
+            if native is not None:
+                raise InputError("the images' layout or params are not valid")
 
 
 def explain(
