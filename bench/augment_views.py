@@ -246,25 +246,16 @@ def table_of_peers(files: list, params: torch.Tensor, rounds: int) -> dict[str, 
 
 
 def ours_as_json(files: list, params: torch.Tensor, rounds: int) -> None:
+    """What the tables by instruction set show of the one in use."""
     times = beside_decode({"ours": ours("float32")}, files, params, rounds)
-    print(json.dumps({**times, "isa": native.build_config()["instruction_set"]}))
+    repeats = 3 * rounds if rounds > 3 else rounds
+    stages, rates = stage_times(files, params, repeats), thread_rates(files, params, repeats)
+    isa = native.build_config()["instruction_set"]
+    print(json.dumps({**times, "isa": isa, "stages": stages, "rates": rates}))
 
 
-def table_of_instruction_sets(options: argparse.Namespace) -> None:
-    print(f"\n{'instruction set':<34}{'CPU-ms':>8}{'x decode':>10}  (decode, same process)")
-    command = [sys.executable, __file__, "--json", "--images", str(options.images)]
-    command += ["--rounds", str(3 * options.rounds)]
-    for isa in sorted(native.build_config()["instruction_sets"]):
-        env = {**os.environ, "SPD_FAST_ISA": isa}
-        run = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
-        times = json.loads(run.stdout)
-        assert times["isa"] == isa
-        ratio = times["ours"] / times["decode"]
-        print(f"{isa:<34}{times['ours']:>8.2f}{ratio:>10.2f}  ({times['decode']:.2f})")
-
-
-def table_of_stages(files: list, params: torch.Tensor, rounds: int) -> None:
-    """The table's columns switched off, and one kind after the other on again."""
+def stage_times(files: list, params: torch.Tensor, rounds: int) -> dict[str, float]:
+    """CPU-ms per image with columns of the table switched off, and kind after kind on again."""
     images = [upright(decode_jpeg(file)) for file in files]
     batch = empty_batch(len(images))
     stages = {"resize, normalise, store": {}, "+ brightness": {"brightness": 1}}
@@ -278,13 +269,53 @@ def table_of_stages(files: list, params: torch.Tensor, rounds: int) -> None:
         for column, value in off.items():
             table[..., COLUMN[column]] = value
     times = in_turn(jobs, rounds)
-    print(f"\n{'stage':<34}{'CPU-ms':>8}{'share':>8}")
-    whole, before = median(times["+ patch"]) / len(images), 0.0
-    for name in stages:
-        now = median(times[name]) / len(images)
-        print(f"{name:<34}{now - before:>8.3f}{(now - before) / whole:>8.0%}")
-        before = now
-    print(f"{'all':<34}{whole:>8.3f}")
+    return {name: median(times[name]) / len(images) for name in stages}
+
+
+def thread_rates(files: list, params: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Images per second of wall time with 1 and 2 threads, best of the calls on all images."""
+    images = [upright(decode_jpeg(file)) for file in files]
+    batch = empty_batch(len(images))
+    jobs = {
+        str(threads): lambda threads=threads: augment_views(
+            images, params, out=batch, threads=threads
+        )
+        for threads in (1, 2)
+    }
+    best = {threads: min(times) for threads, times in in_turn(jobs, rounds, wall_ms).items()}
+    return {threads: 1e3 * len(images) / ms for threads, ms in best.items()}
+
+
+def tables_of_instruction_sets(options: argparse.Namespace) -> None:
+    """Each in a process of its own: it is chosen at import."""
+    found = {}
+    command = [sys.executable, __file__, "--json", "--images", str(options.images)]
+    command += ["--rounds", str(options.rounds)]
+    for isa in sorted(native.build_config()["instruction_sets"]):
+        env = {**os.environ, "SPD_FAST_ISA": isa}
+        run = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        found[isa] = json.loads(run.stdout)
+        assert found[isa]["isa"] == isa
+
+    print(
+        f"\n{'instruction set':<26}{'CPU-ms':>8}{'x decode':>10}{'images/s, 1 thread':>20}", end=""
+    )
+    print(f"{'2 threads':>11}{'ratio':>7}")
+    for isa, times in found.items():
+        one, two = times["rates"]["1"], times["rates"]["2"]
+        print(f"{isa:<26}{times['ours']:>8.2f}{times['ours'] / times['decode']:>10.2f}", end="")
+        print(f"{one:>20.0f}{two:>11.0f}{two / one:>7.2f}")
+
+    print(f"\n{'stage, CPU-ms and share':<26}" + "".join(f"{isa:>18}" for isa in found))
+    before = dict.fromkeys(found, 0.0)
+    for name in next(iter(found.values()))["stages"]:
+        line = f"{name:<26}"
+        for isa, times in found.items():
+            now, whole = times["stages"][name], times["stages"]["+ patch"]
+            line += f"{now - before[isa]:>11.3f}{(now - before[isa]) / whole:>7.0%}"
+            before[isa] = now
+        print(line)
+    print(f"{'all':<26}" + "".join(f"{whole:>11.3f}{'':>7}" for whole in before.values()))
 
 
 def table_of_growth(rounds: int) -> None:
@@ -308,19 +339,6 @@ def table_of_growth(rounds: int) -> None:
     print(f"\n{'growth':<42}{'CPU-ms':>8}{'x of 500 x 375, 224, 4 views':>30}")
     for name, ms in times.items():
         print(f"{name:<42}{ms:>8.2f}{ms / base:>30.2f}")
-
-
-def table_of_threads(files: list, params: torch.Tensor, rounds: int) -> None:
-    images = [upright(decode_jpeg(file)) for file in files]
-    batch = empty_batch(len(images))
-    jobs = {
-        threads: lambda threads=threads: augment_views(images, params, out=batch, threads=threads)
-        for threads in (1, 2)
-    }
-    best = {threads: min(times) for threads, times in in_turn(jobs, rounds, wall_ms).items()}
-    rates = {threads: 1e3 * len(images) / ms for threads, ms in best.items()}
-    print(f"\nthreads: {rates[1]:.0f} images / s with 1, {rates[2]:.0f} with 2 (wall time of one")
-    print(f"call on {len(images)} images, best of {rounds}), ratio {rates[2] / rates[1]:.2f}")
 
 
 def line_of_bandwidth(times: dict[str, float]) -> None:
@@ -399,10 +417,8 @@ def main() -> None:
     print(f"one thread, {', '.join(f'{k}={v}' for k, v in MALLOC.items())}")
     check_ours(files, params)
     times = table_of_peers(files, params, options.rounds)
-    table_of_instruction_sets(options)
-    table_of_stages(files, params, repeats)
+    tables_of_instruction_sets(options)
     table_of_growth(repeats)
-    table_of_threads(files, params, repeats)
     line_of_bandwidth(times)
     lines_of_overhead(repeats)
 
