@@ -14,9 +14,9 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
+from measure import peak_memory
 
 from spd_fast import metrics
 
@@ -47,12 +47,6 @@ class Masks(Maps):
         return mask
 
 
-def peak_memory() -> float:
-    """GiB. Linux adds its parent's peak to a process's ru_maxrss, but not to this."""
-    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s)
-    return int(line.split()[1]) / 2**20
-
-
 def seconds_of(job) -> float:
     start = time.perf_counter()
     job()
@@ -67,11 +61,11 @@ def measure(pixels: int, held: bool) -> dict:
         metrics.CHUNK = maps.size
     else:
         measured["making"] = 2 * seconds_of(lambda: [maps[i].size for i in range(len(maps))])
-    measured["memory before"] = peak_memory()
+    measured["memory before"] = peak_memory() / 2**30
     start = time.perf_counter()
     measured["result"] = asdict(metrics.pixel_metrics(maps, masks))
     measured["seconds"] = time.perf_counter() - start
-    measured["memory"] = peak_memory()
+    measured["memory"] = peak_memory() / 2**30
     if held:
         measured["read"] = seconds_of(maps.max)
         measured["sort"] = seconds_of(maps.ravel().sort)

@@ -19,34 +19,24 @@ import time
 import torch
 from anomalib.models.components.stats.multi_variate_gaussian import MultiVariateGaussian
 from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
+from measure import best, multiply_add_peak, peak_memory
 
 from spd_fast import PaDiM, mahalanobis_map, reference
 from spd_fast.detector import smooth_upsample
 from spd_fast.ops.backends import native
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
 from spd_fast.padim import FIT_BLOCK
+from spd_fast.preprocess import PRESETS
 from spd_fast.reference import packed_size, unpack
 
 GRID = 64  # of 256 x 256 pixels
-RIDGE = 0.01 + 1e-5  # anomalib's
 LAYERS = {100: (64, 128, 256), 550: (256, 512, 1024)}  # channels: ResNet-18, (Wide)ResNet-50
 
 
-def best(job, seconds: float = 1.0, most: int = 20) -> float:
-    """Shortest time of a job in seconds, over at least `seconds` and 3 runs."""
-    times = []
-    while (sum(times) < seconds or len(times) < 3) and len(times) < most:
-        start = time.perf_counter()
-        job()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def machine_limits() -> tuple[float, float]:
-    """Read bandwidth (bytes / s) and multiply-add rate (flop / s) that torch reaches here."""
+def read_bandwidth() -> float:
+    """Bytes / s that torch's sum reaches here and now."""
     large = torch.ones(1 << 27)
-    a = torch.randn(2048, 2048)
-    return large.numel() * 4 / best(large.sum), 2 * 2048**3 / best(lambda: a @ a)
+    return large.numel() * 4 / best(large.sum)
 
 
 def random_layers(d: int, images: int, grid: int = GRID, seed: int = 0) -> list[torch.Tensor]:
@@ -71,7 +61,7 @@ def fit(layers: list[torch.Tensor], channels: torch.Tensor):
     for i in range(0, len(layers[0]), FIT_BLOCK):
         block = [layer[i : i + FIT_BLOCK] for layer in layers]
         gaussian_update(block, channels, i, mean, factor)
-    gaussian_factor(factor, d, len(layers[0]), RIDGE)
+    gaussian_factor(factor, d, len(layers[0]), PRESETS["anomalib"].ridge)
     return mean, factor
 
 
@@ -91,7 +81,7 @@ def table_of_scores(d: int, batches: list[int]) -> None:
     factors = {"float32": factor, "float16": factor.half()}
     tolerances = {"float32": 1e-4, "float16": 1e-3}
     generator = AnomalyMapGenerator()
-    bandwidth, peak = machine_limits()
+    bandwidth, peak = read_bandwidth(), multiply_add_peak()
     print(f"\nd = {d}, {GRID} x {GRID} positions; read {bandwidth / 1e9:.1f} GB/s, ", end="")
     print(f"multiply-add {peak / 1e9:.0f} GFLOP/s")
     print(f"{'':<20}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}{'of read':>9}", end="")
@@ -122,7 +112,9 @@ def lines_of_fit(d: int, grid: int) -> None:
     embedding = reference.embed(layers, channels).contiguous()
     torch.set_num_threads(1)
     gaussian = MultiVariateGaussian()
-    theirs = best(lambda: gaussian.fit(embedding), most=1)
+    start = time.perf_counter()
+    gaussian.fit(embedding)
+    theirs = time.perf_counter() - start
     mean, factor = fit(layers, channels)
     w = unpack(factor[:16], d)
     identity = w @ torch.linalg.inv(gaussian.inv_covariance[:16].double()).float() @ w.mT
@@ -130,7 +122,7 @@ def lines_of_fit(d: int, grid: int) -> None:
     assert difference < 1e-2, f"the covariances differ by {difference}"
     ours = best(lambda: fit(layers, channels))
     update = best(lambda: gaussian_update(layers, channels, 0, mean, factor))
-    _, peak = machine_limits()
+    peak = multiply_add_peak()
     cholesky_and_inverse = 2 / 3 * d**3 * grid**2 / (ours - update) / peak
     outer_products = 2 * packed_size(d) * grid**2 * FIT_BLOCK / update / peak
     print(
@@ -159,23 +151,15 @@ def table_of_maps(batches: list[int]) -> None:
         print(f"batch {batch:<12}{1e3 * a:>12.1f}{1e3 * b:>9.2f}{a / b:>7.0f}")
 
 
-def peak_gb() -> float:
-    """Of this process; ru_maxrss would count the parent's before it became this program."""
-    for line in open("/proc/self/status"):
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1e6
-    raise OSError("/proc/self/status has no VmHWM")
-
-
 def fit_whole(images: int, factor_dtype: str) -> None:
     """Fit WideResNet-50 with d = 550 on pictures of noise; prints the memory before and at most."""
     torch.manual_seed(0)
     model = PaDiM("wide_resnet50_2", None, "anomalib", factor_dtype, weights="random")
     for _ in range(2):
         model.features(torch.randn(16, 3, 4 * GRID, 4 * GRID))
-    before = peak_gb()
+    before = peak_memory()
     model.fit(torch.randn(16, 3, 4 * GRID, 4 * GRID) for _ in range(images // 16))
-    print(f"{before:.2f} {peak_gb():.2f}")
+    print(f"{before / 1e9:.2f} {peak_memory() / 1e9:.2f}")
 
 
 def table_of_memory(numbers: list[int]) -> None:

@@ -14,8 +14,8 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import measure
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,26 +34,14 @@ SIZE = 256
 clock = time.process_time
 
 
-def best(job, seconds: float = 1.0, runs: int = 3) -> float:
-    """Shortest time of a job in seconds, over at least `seconds` and `runs`."""
-    times = []
-    while sum(times) < seconds or len(times) < runs:
-        start = clock()
-        job()
-        times.append(clock() - start)
-    return min(times)
+def best(job, seconds: float = 1.0) -> float:
+    return measure.best(job, seconds, clock)
 
 
 def once(job):
     start = clock()
     result = job()
     return clock() - start, result
-
-
-def multiply_add_peak() -> float:
-    """Flop / s that torch's matrix product reaches here and now."""
-    a = torch.randn(2048, 2048)
-    return 2 * 2048**3 / best(lambda: a @ a, 2.0)
 
 
 # ---------------------------------------------------------------------------------------- features
@@ -138,7 +126,7 @@ def agreement(ours: torch.Tensor, theirs: torch.Tensor) -> str:
 def coreset_table(patches: torch.Tensor, quick: bool) -> None:
     from anomalib.models.components.dimensionality_reduction import SparseRandomProjection
 
-    peak = multiply_add_peak()
+    peak = measure.multiply_add_peak(clock)
     print(f"\n{'coreset':<22}{'anomalib s':>11}{'ours s':>8}{'ratio':>7}{'plain at peak s':>17}")
     for n, ratio in ((20_000, 0.01), (20_000, 0.1), (100_000, 0.01), (100_000, 0.1)):
         if quick and n > 20_000 or n > len(patches):
@@ -163,7 +151,7 @@ def coreset_table(patches: torch.Tensor, quick: bool) -> None:
 
 
 def projection_table(patches: torch.Tensor) -> None:
-    peak = multiply_add_peak()
+    peak = measure.multiply_add_peak(clock)
     print(f"\n{'projection':<34}{'s':>8}{'of flops':>10}")
     n, dim = patches.shape
     for components, sparse in ((128, False), (288, True)):
@@ -183,7 +171,7 @@ def projection_table(patches: torch.Tensor) -> None:
 
 
 def search_table(patches, queries, quick: bool, threads: int) -> None:
-    peak = multiply_add_peak()
+    peak = measure.multiply_add_peak(clock)
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
     try:
@@ -234,14 +222,6 @@ def search_table(patches, queries, quick: bool, threads: int) -> None:
 # ------------------------------------------------------------------------------------- end to end
 
 
-def peak_memory() -> float:
-    """Of this process so far, GB. What getrusage says keeps the parent's peak through the exec."""
-    (line,) = (
-        line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
-    )
-    return int(line.split()[1]) * 1024 / 1e9
-
-
 def ours_and_theirs(ratio: float):
     """Both detectors with one network of random weights."""
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
@@ -259,7 +239,7 @@ def contend(who: str, images: int, ratio: float) -> dict:
     train = product_images(images, ["coffee.png"], seed=0)
     test = product_images(8, ["coffee.png"], seed=1)
     ours, theirs = ours_and_theirs(ratio)
-    before = peak_memory()
+    before = measure.peak_memory() / 1e9
     if who == "agreement":
         ours.fit(train[:4].split(4))
         theirs.eval().memory_bank = ours.bank.points[:, :1536]
@@ -286,10 +266,10 @@ def contend(who: str, images: int, ratio: float) -> dict:
 
     result = {"before": before, "fit": once(fit)[0]}
     theirs.eval()
-    result |= {f"score{b}": best(lambda b=b: score(test[:b]), 0, 3) for b in (1, 8)}
-    result["peak"] = peak_memory()
+    result |= {f"score{b}": best(lambda b=b: score(test[:b]), 0) for b in (1, 8)}
+    result["peak"] = measure.peak_memory() / 1e9
     network = ours.network
-    return result | {f"network{b}": best(lambda b=b: network(test[:b]), 0, 3) for b in (1, 8)}
+    return result | {f"network{b}": best(lambda b=b: network(test[:b]), 0) for b in (1, 8)}
 
 
 def end_to_end(images: int, threads: int, ratio: float = 0.01) -> None:
@@ -335,7 +315,7 @@ def main() -> None:
     layers, description = patch_network()
     print(
         f"threads: {options.threads}, {native.build_config()['instruction_set']}, multiply-add "
-        f"{multiply_add_peak() / 1e9:.0f} GFLOP/s; patches of {description}"
+        f"{measure.multiply_add_peak(clock) / 1e9:.0f} GFLOP/s; patches of {description}"
     )
     names = (*SKIMAGE_PHOTOGRAPHS, *SKLEARN_PHOTOGRAPHS)
     patches = patches_of(product_images(20 if options.quick else 98, names, seed=0), layers)
