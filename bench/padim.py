@@ -25,8 +25,7 @@ from spd_fast import PaDiM, mahalanobis_map, reference
 from spd_fast.detector import smooth_upsample
 from spd_fast.ops.backends import native
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
-from spd_fast.padim import FIT_BLOCK
-from spd_fast.preprocess import PRESETS
+from spd_fast.padim import FIT_BLOCK, PRESETS
 from spd_fast.reference import packed_size, unpack
 
 GRID = 64  # of 256 x 256 pixels

@@ -29,6 +29,12 @@ size_t plane_floats(int height, int width) {
     return size_t(height + blur_radius(height)) * 3 * padded(width) + lanes;
 }
 
+bool is_source_of(const ViewParams* params, int views, int v) {
+    for (int other = 0; other < views; ++other)
+        if (int(params[other].source) == v) return true;
+    return false;
+}
+
 struct Kept {
     Plane plane;
     bool is_source, done;
@@ -99,22 +105,25 @@ bool augment_image(const AugmentArgs& args, int64_t image) {
     const int64_t* at = args.layout + 4 * image;
     const uint8_t* pixels = args.buffers[at[0]] + at[1];
 
-    size_t most = 0;
-    for (int v = 0; v < views; ++v) most = max2(most, view_scratch(params[v], height, width));
+    size_t most = 0, planes = 1;
+    for (int v = 0; v < views; ++v) {
+        most = max2(most, view_scratch(params[v], height, width));
+        planes += is_source_of(params, views, v);
+    }
     const size_t plane_size = plane_floats(height, width), line = 3 * size_t(width);
     const size_t table = views * sizeof(Kept) / sizeof(float);
-    Pieces pieces = scratch.reserve((views + 1) * (plane_size + 16) + most + table + line + 4 * 16);
+    Pieces pieces = scratch.reserve(planes * (plane_size + 16) + most + table + line + 4 * 16);
     if (!pieces.next) return false;
     const Store out(args, image, pieces);
     const Plane shared = whole_plane(pieces.take(plane_size), height, width);
     Kept* kept = reinterpret_cast<Kept*>(pieces.take(table));
 
     // A view that others are made from has a plane of its own; the rest share one.
-    for (int v = 0; v < views; ++v) kept[v] = {shared, false, false};
-    for (int v = 0; v < views; ++v)
-        if (params[v].source >= 0) kept[int(params[v].source)].is_source = true;
-    for (int v = 0; v < views; ++v)
-        if (kept[v].is_source) kept[v].plane = whole_plane(pieces.take(plane_size), height, width);
+    for (int v = 0; v < views; ++v) {
+        const bool is_source = is_source_of(params, views, v);
+        kept[v] = {is_source ? whole_plane(pieces.take(plane_size), height, width) : shared,
+                   is_source, false};
+    }
 
     // Every round makes the views whose source exists. The caller has made sure that they do not
     // form a circle.

@@ -11,12 +11,7 @@ namespace spd {
 static bool is_whole(float v) { return v == std::floor(v); }
 
 static bool is_inside(float start, float length, float room) {
-    return is_whole(start) && is_whole(length) && start >= 0 && length >= 1 &&
-           start + length <= room;
-}
-
-static bool is_whole_up_to(float value, float most) {
-    return is_whole(value) && value >= 0 && value <= most;
+    return start >= 0 && length >= 1 && start + length <= room;
 }
 
 static bool is_valid(const ViewParams& p, float source_height, float source_width, float height,
@@ -24,21 +19,24 @@ static bool is_valid(const ViewParams& p, float source_height, float source_widt
     const float* number = &p.source;
     for (int i = 0; i < view_columns; ++i)
         if (!std::isfinite(number[i])) return false;
-    const bool boxes =
-        is_inside(p.crop_top, p.crop_height, source_height) &&
-        is_inside(p.crop_left, p.crop_width, source_width) &&
-        (p.patch_kind == no_patch || (is_inside(p.patch_top, p.patch_height, height) &&
-                                      is_inside(p.patch_left, p.patch_width, width) &&
-                                      is_inside(p.target_top, p.patch_height, height) &&
-                                      is_inside(p.target_left, p.patch_width, width)));
-    return boxes && is_whole(p.flip) && is_whole(p.grayscale) && is_whole(p.patch_top) &&
-           is_whole(p.patch_left) && is_whole(p.patch_height) && is_whole(p.patch_width) &&
-           is_whole(p.target_top) && is_whole(p.target_left) &&
-           is_whole_up_to(p.jitter_order, 23) && is_whole_up_to(p.patch_jitter_order, 23) &&
-           is_whole_up_to(p.patch_kind, cut_paste) && p.brightness >= 0 && p.contrast >= 0 &&
-           p.blur_sigma >= 0 && p.alpha_sigma_y >= 0 && p.alpha_sigma_x >= 0 &&
-           (p.patch_kind == no_patch ||
-            (p.alpha_sigma_y <= most_alpha_sigma && p.alpha_sigma_x <= most_alpha_sigma));
+    for (const float v :
+         {p.source, p.crop_top, p.crop_left, p.crop_height, p.crop_width, p.flip, p.jitter_order,
+          p.grayscale, p.patch_kind, p.patch_top, p.patch_left, p.patch_height, p.patch_width,
+          p.target_top, p.target_left, p.patch_jitter_order})
+        if (!is_whole(v)) return false;
+    for (const float v : {p.jitter_order, p.patch_kind, p.patch_jitter_order, p.brightness,
+                          p.contrast, p.blur_sigma, p.alpha_sigma_y, p.alpha_sigma_x})
+        if (v < 0) return false;
+    if (p.jitter_order > 23 || p.patch_jitter_order > 23 || p.patch_kind > cut_paste ||
+        !is_inside(p.crop_top, p.crop_height, source_height) ||
+        !is_inside(p.crop_left, p.crop_width, source_width))
+        return false;
+    return p.patch_kind == no_patch ||
+           (p.alpha_sigma_y <= most_alpha_sigma && p.alpha_sigma_x <= most_alpha_sigma &&
+            is_inside(p.patch_top, p.patch_height, height) &&
+            is_inside(p.patch_left, p.patch_width, width) &&
+            is_inside(p.target_top, p.patch_height, height) &&
+            is_inside(p.target_left, p.patch_width, width));
 }
 
 // Whether all views can be made, in some order. What is wrong is for Python to explain.

@@ -56,22 +56,16 @@ void interleave(T* __restrict d, const T* __restrict planar, int pitch, int n) {
         for (int c = 0; c < 3; ++c) d[3 * x + c] = planar[c * pitch + x];
 }
 
-template <bool streamed>
-void put_as(float* d, Floats v) {
-    put<streamed>(d, v);
-}
+static inline void stream(float* d, Floats v) { put<true>(d, v); }
 
 #ifdef SPD_HAS_PUT_HALF
-template <bool streamed>
-void put_as(Half* d, Floats v) {
-    put_half<streamed>(&d->bits, v);
-}
+static inline void stream(Half* d, Floats v) { put_half<true>(&d->bits, v); }
 #endif
 
 // Three channels at once, interleaved by lookups: place 3 x + c of the result is place x of channel
-// c. n is a multiple of lanes.
-template <bool streamed, class T>
-void convert_interleaved(T* d, const float* s, int pitch, int n, const Normalise* m) {
+// c. n is a multiple of lanes, d aligned as streams have to be.
+template <class T>
+void stream_interleaved(T* d, const float* s, int pitch, int n, const Normalise* m) {
     Ints from[3], green[3], blue[3];
     for (int part = 0; part < 3; ++part)
         for (int j = 0; j < lanes; ++j) {
@@ -88,7 +82,7 @@ void convert_interleaved(T* d, const float* s, int pitch, int n, const Normalise
             Floats v = lookup(r, from[part]);
             v = green[part] ? lookup(g, from[part]) : v;
             v = blue[part] ? lookup(b, from[part]) : v;
-            put_as<streamed>(d + 3 * x + part * lanes, v);
+            stream(d + 3 * x + part * lanes, v);
         }
     }
 }
@@ -156,7 +150,7 @@ class Store {
             return;
         }
         if constexpr (can_interleave<T>)
-            if (whole) return convert_interleaved<true>(out, s, pitch, n, normalise_);
+            if (whole) return stream_interleaved(out, s, pitch, n, normalise_);
         T* line = reinterpret_cast<T*>(line_);
         for (int c = 0; c < 3; ++c) convert<false>(line + c * n, s + c * pitch, n, normalise_[c]);
         if (interleaved_)

@@ -294,15 +294,15 @@ def in_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
 
 
 def _curves(scored: Scored, labels: np.ndarray) -> dict[str, list[list[float]]]:
-    curves = {}
+    rounded = {}
     for level, scores, truth in (
         ("image", scored.scores, labels),
         ("pixel", scored.maps, scored.masks),
     ):
-        for name, curve in (("roc", metrics.roc_curve), ("pr", metrics.pr_curve)):
-            x, y = curve(scores, truth)
-            curves[f"{level}_{name}"] = [np.round(x, 6).tolist(), np.round(y, 6).tolist()]
-    return curves
+        curves = metrics.curves(scores, truth)
+        for name, curve in (("roc", curves.roc), ("pr", curves.pr)):
+            rounded[f"{level}_{name}"] = [np.round(axis, 6).tolist() for axis in curve]
+    return rounded
 
 
 def _write_examples(

@@ -121,28 +121,27 @@ def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None 
     return Metrics(**exact)
 
 
-def roc_curve(
-    scores, labels, points: int = 300, progress: bool | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(false positive rate, recall) from (0, 0) to (1, 1), for plotting.
+@dataclass(frozen=True)
+class Curves:
+    """For plotting: each a pair of x and y, of at most as many vertices as were asked for."""
 
-    Takes scores and labels (N,), or maps and masks as `pixel_metrics` does. Of the exact curve at
-    most `points` vertices are kept, both ends among them, so chosen that its shape stays.
+    roc: tuple[np.ndarray, np.ndarray]  # false positive rate, recall; from (0, 0) to (1, 1)
+    pr: tuple[np.ndarray, np.ndarray]  # recall, precision; from (0, 1) to (1, prevalence)
+
+
+def curves(scores, labels, points: int = 300, progress: bool | None = None) -> Curves:
+    """The exact curves with at most `points` vertices each, so chosen that their shape stays.
+
+    Takes scores and labels (N,), or maps and masks as `pixel_metrics` does, and raises as it does.
     """
-    return _thin(*_roc(_count_all(scores, labels, progress)), points)
-
-
-def pr_curve(
-    scores, labels, points: int = 300, progress: bool | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(recall, precision) from (0, 1) to (1, prevalence), for plotting; else as `roc_curve`."""
     counts = _count_all(scores, labels, progress)
     n_positive = counts.tp[-1]
     recall = _interleave(counts.tp_above, counts.tp) / n_positive
     precision = _interleave(*_precisions(counts))
     prevalence = n_positive / (n_positive + counts.n_negative)
     recall = np.concatenate([[0.0], recall, [1.0]])
-    return _thin(recall, np.concatenate([[1.0], precision, [prevalence]]), points)
+    precision = np.concatenate([[1.0], precision, [prevalence]])
+    return Curves(_thin(*_roc(counts), points), _thin(recall, precision, points))
 
 
 # --------------------------------------------------------------------------------------------------

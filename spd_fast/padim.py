@@ -5,10 +5,12 @@ Defard et al., "PaDiM", ICPR workshops 2021; the paper's 1-class method (section
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from spd_fast.detector import (
@@ -29,13 +31,34 @@ from spd_fast.ops.mahalanobis import (
     mahalanobis_map,
     narrowed,
 )
-from spd_fast.preprocess import find_preset
+from spd_fast.preprocess import Preset, find_preset
 from spd_fast.reference import packed_size
 
 FORMAT, VERSION = "spd-fast padim", 2
 FIT_BLOCK = 32  # images folded in at a time: the scatter is read and written once for all of them
 # Kept channels: of the PaDiM paper, and for ResNet-50 by analogy with WideResNet-50.
 N_FEATURES = {"resnet18": 100, "resnet50": 550, "wide_resnet50_2": 550}
+
+
+@dataclass(frozen=True)
+class PaDiMPreset(Preset):
+    """How one reference system prepares images and smooths maps, and what its PaDiM does."""
+
+    ridge: float  # added to the diagonal of the covariances
+
+
+PRESETS = {
+    "paper": PaDiMPreset(
+        shorter_side=256,
+        size=224,
+        resampling=Image.Resampling.LANCZOS,
+        border="symmetric",
+        ridge=0.01,
+    ),
+    "anomalib": PaDiMPreset(
+        shorter_side=None, size=256, resampling=None, border="reflect", ridge=0.01 + 1e-5
+    ),
+}
 
 
 class PaDiM:
@@ -51,7 +74,7 @@ class PaDiM:
         backbone: a torchvision ResNet by name; features are those of its layer1 to layer3.
         n_features: channels kept at random of all that the layers have; None: as in the PaDiM
             paper, 100 for resnet18 and 550 for resnet50 and wide_resnet50_2.
-        preset: "paper" or "anomalib", see `spd_fast.preprocess.PRESETS`.
+        preset: "paper" or "anomalib", see `PRESETS`.
         factor_dtype: "float32", "float16" or "bfloat16" (the last not on the CPU's fast backend).
         weights: "imagenet", "random", or a file: our checkpoint or a torchvision state dict.
         seed: of the choice of channels, and of random weights.
@@ -91,7 +114,7 @@ class PaDiM:
         if factor_dtype not in [str(d).removeprefix("torch.") for d in FACTOR_DTYPES]:
             raise InputError(f"factor_dtype is float32, float16 or bfloat16, got {factor_dtype!r}")
         self.backbone, self.preset, self.factor_dtype = backbone, preset, factor_dtype
-        self.settings = find_preset(preset)
+        self.settings = find_preset(preset, PRESETS)
         self.device = pick_device(device)
         self.channels = None
         self._forget()

@@ -39,9 +39,8 @@ class PatchCorePreset(Preset):
     """How one reference system prepares images and smooths maps, and what its PatchCore does."""
 
     patch_dim: int | None  # bins that channels are pooled to; None: averaged over 3 x 3, all kept
-    components: (
-        int | None
-    )  # of the random projection; None: as the Johnson-Lindenstrauss lemma asks
+    # Components of the random projection; None: as the Johnson-Lindenstrauss lemma asks.
+    components: int | None
     sparse: bool  # the projection has few entries, all of one size
     upsampling: str  # of the map: "bilinear" or "nearest"
     n_neighbors: int  # of the nearest item, that re-weight the image score; 1: none

@@ -1,4 +1,4 @@
-"""From a decoded image and mask to what a detector sees: the presets of the reference systems."""
+"""From a decoded image and mask to what a detector sees, as a preset of the detector says."""
 
 from dataclasses import dataclass
 
@@ -22,20 +22,7 @@ class Preset:
     border: str  # of the Gaussian on the map, see `reference.gaussian_matrix`
 
 
-@dataclass(frozen=True)
-class PaDiMPreset(Preset):
-    """The same, and what PaDiM's references differ in."""
-
-    ridge: float  # added to the diagonal of the covariances
-
-
-PRESETS = {
-    "paper": PaDiMPreset(256, 224, Image.Resampling.LANCZOS, border="symmetric", ridge=0.01),
-    "anomalib": PaDiMPreset(None, 256, None, border="reflect", ridge=0.01 + 1e-5),
-}
-
-
-def find_preset(name: str, presets: dict[str, Preset] = PRESETS) -> Preset:
+def find_preset(name: str, presets: dict[str, Preset]) -> Preset:
     """The preset called `name`.
 
     Raises:

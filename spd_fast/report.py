@@ -1,7 +1,7 @@
 """The results of one or several evaluations as one HTML file and as a table for the terminal.
 
 A run is the dictionary that an evaluation saves as `results.json` in its output directory, plus
-`dir`, that directory. Precision-recall curves in it end at (1, prevalence), as `metrics.pr_curve`
+`dir`, that directory. Precision-recall curves in it end at (1, prevalence), as `metrics.curves`
 makes them; example pictures are files below `dir`, as `sheet.example_sheet` draws them.
 """
 

@@ -1,8 +1,10 @@
 import copy
+import gc
 import io
 import pickle
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,11 +228,22 @@ def test_the_given_model_is_left_as_it_was():
 
 def test_memory_of_the_fit_does_not_grow():
     model = FastPadimModel(PadimModel(pre_trained=False, n_features=10))
-    sizes = []
+    images = torch.rand(4, 3, 64, 64)
+    model.update(images)
+    after_one = {id(x) for x in gc.get_objects() if type(x) is torch.Tensor}
     for _ in range(3):
-        model.update(torch.rand(4, 3, 64, 64))
-        sizes.append([tensor.shape for tensor in model.running[1:]])
-    assert sizes[0] == sizes[2] and model.running[0] == 12
+        model.update(images)
+    gc.collect()
+    kept = [x for x in gc.get_objects() if type(x) is torch.Tensor and id(x) not in after_one]
+    assert not kept and not model.memory_bank and model.running[0] == 16
+
+
+def test_a_fit_begun_anew_forgets_the_images_of_the_last():
+    model = StreamingPadim(pre_trained=False, n_features=10)
+    for _ in range(2):  # the first is broken off
+        model.on_train_start()
+        model.training_step(SimpleNamespace(image=torch.rand(3, 3, 64, 64)))
+    assert model.model.running[0] == 3
 
 
 def test_wrong_use():

@@ -77,7 +77,8 @@ def test_evaluate_writes_table_results_and_report(visa, tmp_path, capsys):
     # the numbers are those of the saved model, by scikit-learn
     from spd_fast.datasets import read_dataset
     from spd_fast.datasets.images import read_image, read_mask
-    from spd_fast.preprocess import PRESETS, prepare_image, prepare_mask
+    from spd_fast.padim import PRESETS
+    from spd_fast.preprocess import prepare_image, prepare_mask
 
     model = PaDiM.load(tmp_path / "categories/board/padim.pt")
     category = read_dataset(visa)[0]

@@ -10,6 +10,7 @@ from torch.library import opcheck
 
 from spd_fast import InputError, greedy_kcenter
 from spd_fast import reference_patchcore as reference
+from spd_fast.ops.backends import native
 from spd_fast.ops.bounds import coordinates, principal_axes, slack
 from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
 
@@ -172,7 +173,7 @@ def test_bad_input_is_named():
 
 
 def test_other_threads_run_during_a_selection():
-    """The selection lets go of the interpreter, and reports how far it is."""
+    """The selection lets go of the interpreter."""
     ticks, done = [], threading.Event()
 
     def tick():
@@ -180,13 +181,29 @@ def test_other_threads_run_during_a_selection():
             ticks.append(time.perf_counter())
             time.sleep(0.001)
 
-    points = torch.randn(6000, 64)
+    # Bounds of zero rule nothing out, and there is one report, at the end.
+    points, bounds = torch.randn(10_000, 256), torch.zeros(10_000, 16)
+    picks, reports = torch.zeros(200, dtype=torch.int64), []
     thread = threading.Thread(target=tick)
     thread.start()
     started = time.perf_counter()
-    greedy_kcenter(points, 1500, progress=True)
+    native.kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), reports.append)
     finished = time.perf_counter()
     done.set()
     thread.join()
-    inside = [t for t in ticks if started < t < finished]
-    assert len(inside) >= 5
+    assert reports == [200]
+    assert len([t for t in ticks if started < t < finished]) >= 5
+
+
+def test_progress_is_reported_and_may_interrupt():
+    points, reports = torch.randn(2000, 32), []
+
+    def report(done):
+        reports.append(done)
+        if done > 600:
+            raise KeyboardInterrupt
+
+    bounds, picks = torch.zeros(2000, 16), torch.zeros(1000, dtype=torch.int64)
+    with pytest.raises(KeyboardInterrupt):
+        native.kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), report)
+    assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

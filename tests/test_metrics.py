@@ -7,7 +7,7 @@ from sklearn import metrics as sk
 
 from spd_fast import metrics
 from spd_fast.errors import InputError
-from spd_fast.metrics import image_metrics, pixel_metrics, pr_curve, roc_curve
+from spd_fast.metrics import curves, image_metrics, pixel_metrics
 
 
 def by_sklearn(scores, labels):
@@ -162,8 +162,7 @@ def test_lists_of_maps_of_different_sizes():
     ours = pixel_metrics(maps, masks)
     flat = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
     assert ours.au_roc == pytest.approx(sk.roc_auc_score(flat[1], flat[0]), abs=1e-12)
-    one = roc_curve(maps, masks), roc_curve(*flat)
-    assert np.array_equal(one[0], one[1])
+    assert np.array_equal(curves(maps, masks).roc, curves(*flat).roc)
 
 
 def test_tensors_and_numeric_masks_are_accepted():
@@ -229,12 +228,13 @@ class Read:
 def test_chunks_and_reading_image_by_image_change_no_bit(levels, chunk, monkeypatch):
     maps, masks = defects(levels=levels)
     expected = pixel_metrics(maps, masks), pixel_metrics(maps, masks, compat="spot-diff")
-    curves = np.concatenate([*roc_curve(maps, masks), *pr_curve(maps, masks)])
+    exact = curves(maps, masks)
     monkeypatch.setattr(metrics, "CHUNK", chunk)
     monkeypatch.setattr(metrics, "CHUNK_PER_POSITIVE", 0)
     lazy = Read(maps), Read(masks)
     assert (pixel_metrics(*lazy), pixel_metrics(*lazy, compat="spot-diff")) == expected
-    assert np.array_equal(np.concatenate([*roc_curve(*lazy), *pr_curve(*lazy)]), curves)
+    assert np.array_equal(curves(*lazy).roc, exact.roc)
+    assert np.array_equal(curves(*lazy).pr, exact.pr)
 
 
 def test_maps_on_disk_are_read_twice_whatever_their_type(tmp_path):
@@ -295,7 +295,7 @@ def test_progress_is_shown_when_asked_for_or_long(capsys, monkeypatch):
     pixel_metrics(maps, masks, progress=True)
     assert "normal pixels: 100%" in capsys.readouterr().err
     monkeypatch.setattr(metrics, "LONG", maps.size)
-    roc_curve(maps, masks)
+    curves(maps, masks)
     assert "anomalous pixels: 100%" in capsys.readouterr().err
 
 
@@ -314,11 +314,11 @@ def test_few_points_are_the_exact_curve():
     rng = np.random.default_rng(3)
     labels = rng.random(60) < 0.4
     scores = rng.integers(0, 12, 60) + 3 * labels
-    x, y = roc_curve(scores, labels)
+    x, y = curves(scores, labels).roc
     fpr, tpr, _ = sk.roc_curve(labels, scores)
     assert np.allclose(np.interp(fpr + tpr, x + y, x), fpr)  # x + y grows, x alone need not
     assert sk.auc(x, y) == pytest.approx(sk.roc_auc_score(labels, scores), abs=1e-12)
-    recall, precision = pr_curve(scores, labels)
+    recall, precision = curves(scores, labels).pr
     assert sk.auc(recall, precision) == pytest.approx(image_metrics(scores, labels).au_pr, abs=1e-9)
 
 
@@ -327,12 +327,12 @@ def test_thinned_curves_keep_ends_and_shape():
     labels = rng.random(200_000) < 0.02
     scores = rng.standard_normal(200_000) + 2 * labels
     exact = image_metrics(scores, labels)
-    x, y = roc_curve(scores, labels)
+    x, y = curves(scores, labels).roc
     assert len(x) == 300 and (x[0], y[0], x[-1], y[-1]) == (0, 0, 1, 1)
     fpr, tpr, _ = sk.roc_curve(labels, scores)
     assert np.abs(np.interp(fpr, x, y) - tpr)[fpr > 1e-3].max() < 0.01
     assert sk.auc(x, y) == pytest.approx(exact.au_roc, abs=1e-4)
-    x, y = pr_curve(scores, labels)
+    x, y = curves(scores, labels).pr
     assert len(x) == 300 and (x[0], y[0], x[-1], y[-1]) == (0, 1, 1, labels.mean())
     assert sk.auc(x, y) == pytest.approx(exact.au_pr, abs=1e-3)
     assert np.all(np.diff(x) >= 0)

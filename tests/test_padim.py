@@ -18,7 +18,8 @@ from spd_fast.detector import feature_network
 from spd_fast.models import FeatureLayers, load_backbone
 from spd_fast.ops.backends import native
 from spd_fast.ops.mahalanobis import narrowed
-from spd_fast.preprocess import PRESETS, displayed_image, prepare_image, prepare_mask
+from spd_fast.padim import PRESETS
+from spd_fast.preprocess import displayed_image, prepare_image, prepare_mask
 
 
 def photo_crops(n: int, preset: str, seed: int = 0) -> torch.Tensor:

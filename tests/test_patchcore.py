@@ -11,7 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from test_evaluate import small_visa
 from test_padim import defective, photo_crops
 
-from spd_fast import InputError, PatchCore
+from spd_fast import InputError, PatchCore, greedy_kcenter, patchcore
 from spd_fast import reference_patchcore as reference
 from spd_fast.cli import main
 from spd_fast.models import load_backbone, new_backbone
@@ -169,7 +169,18 @@ def test_projection_keeps_lengths():
         assert johnson_lindenstrauss(count) % 32 == 0
 
 
-def test_all_patches_are_kept_at_ratio_1_and_of_few_channels():
+def test_patches_of_few_channels_are_not_projected(monkeypatch):
+    monkeypatch.setattr(patchcore, "johnson_lindenstrauss", lambda count: 416)  # above 384 channels
+    monkeypatch.setattr(patchcore, "random_projection", None)
+    model, train = fitted("anomalib", n=2, coreset_ratio=0.05)
+    patches = model.patches(train).flatten(0, 2)
+    generator = torch.Generator().manual_seed(model.seed)
+    start = int(torch.randint(len(patches), (1,), generator=generator))
+    picks = greedy_kcenter(patches, int(0.05 * len(patches)), start, backend="reference")
+    assert torch.equal(model.bank.points[:, :384], patches[picks])
+
+
+def test_all_patches_are_kept_at_ratio_1():
     model, train = fitted("anomalib", n=1, coreset_ratio=1)
     maps, scores = model.score(train)
     assert len(model.bank.points) == 256 and (maps == 0).all() and (scores == 0).all()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spd_fast.detector import smooth_upsample
 from spd_fast.errors import InputError
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map, narrowed
-from spd_fast.preprocess import PRESETS
+from spd_fast.padim import PRESETS
 from spd_fast.reference import pack, packed_size, unpack
 
 try:
@@ -230,6 +230,11 @@ class StreamingPadim(Padim):
             visualizer,
         )
         self.model = FastPadimModel(self.model, factor_dtype, packed_state=True)
+
+    def on_train_start(self) -> None:
+        """Forget the images of a fit that was broken off."""
+        super().on_train_start()
+        self.model.running = None
 
     def training_step(self, batch: Batch, *args, **kwargs) -> Tensor:
         """Fold the batch into the running statistics; the loss is a dummy, as in `Padim`."""
