@@ -119,7 +119,9 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
     std::vector<const uint8_t*> pixels;
     std::vector<int64_t> sizes;
     for (const py::array& buffer : buffers) {
-        pixels.push_back(data_of<uint8_t>(buffer, "an image buffer", {buffer.size()}));
+        require(py::isinstance<py::array_t<uint8_t>>(buffer) && buffer.flags() & py::array::c_style,
+                "an image buffer must be contiguous uint8");
+        pixels.push_back(static_cast<const uint8_t*>(buffer.data()));
         sizes.push_back(buffer.size());
     }
     args.buffers = pixels.data();

@@ -107,7 +107,8 @@ def _(buffers, layout, params, out, mean, std, threads=0, backend=None) -> None:
 
 
 def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
-    """Flat uint8 buffers and the (N, 4) table of buffer, offset, height, width; copies nothing."""
+    """Contiguous uint8 buffers of any shape, and the (N, 4) table of buffer, offset, height, width;
+    what is contiguous is not copied."""
     if isinstance(images, tuple) and len(images) == 2 and np.ndim(images[0]) == 1:
         pixels, table = _as_tensor(images[0]), torch.as_tensor(images[1])
         if table.ndim != 2 or table.shape[1] != 3:
@@ -124,13 +125,15 @@ def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
             raise InputError(f"a dense batch must be (N, H, W, 3), got {tuple(batch.shape)}")
         n, height, width, _ = batch.shape
         table = [[0, i * height * width * 3, height, width] for i in range(n)]
-        return [batch.contiguous().view(-1)], torch.tensor(table, dtype=torch.int64).view(-1, 4)
-    tensors = [_as_tensor(image) for image in images]
-    for i, image in enumerate(tensors):
-        if image.ndim != 3 or image.shape[2] != 3:
-            raise InputError(f"images[{i}] must be (H, W, 3), got {tuple(image.shape)}")
-    table = [[i, 0, image.shape[0], image.shape[1]] for i, image in enumerate(tensors)]
-    buffers = [image.contiguous().view(-1) for image in tensors]
+        return [batch.contiguous()], torch.tensor(table, dtype=torch.int64).view(-1, 4)
+    buffers, table = [], []
+    for i, image in enumerate(images):
+        tensor = _as_tensor(image)
+        shape = tensor.shape
+        if len(shape) != 3 or shape[2] != 3:
+            raise InputError(f"images[{i}] must be (H, W, 3), got {tuple(shape)}")
+        table.append((i, 0, shape[0], shape[1]))
+        buffers.append(tensor.contiguous())
     return (
         buffers or [torch.empty(0, dtype=torch.uint8)],
         torch.tensor(table, dtype=torch.int64).view(-1, 4),
@@ -184,6 +187,8 @@ def check(
     for i, buffer in enumerate(buffers):
         if buffer.dtype != torch.uint8:
             raise InputError(f"images must be uint8, got {buffer.dtype} (image or buffer {i})")
+        if not buffer.is_contiguous():
+            raise InputError(f"buffers must be contiguous, number {i} is not")
     if layout.dtype != torch.int64 or layout.ndim != 2 or layout.shape[1] != 4:
         raise InputError(f"layout must be (N, 4) int64, got {layout.dtype} {tuple(layout.shape)}")
     if params.requires_grad or out.requires_grad:
@@ -307,7 +312,8 @@ def _outside(box: np.ndarray, room: np.ndarray | tuple[int, int]) -> np.ndarray:
 
 def _run_reference(buffers, layout, params, out, mean, std, threads) -> None:
     images = [
-        buffers[b][offset : offset + h * w * 3].view(h, w, 3) for b, offset, h, w in layout.tolist()
+        buffers[b].view(-1)[offset : offset + h * w * 3].view(h, w, 3)
+        for b, offset, h, w in layout.tolist()
     ]
     if out.dtype == torch.uint8:
         views = reference.augment_views(images, params, out.shape[3:])

@@ -83,8 +83,10 @@ def reference_backend(function: Callable) -> Backend:
 
 def not_on_cpu(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The native backends' reason against tensors on another device."""
+    if all(t.is_cpu for t in tensors):
+        return []
     devices = sorted({t.device.type for t in tensors} - {"cpu"})
-    return [f"needs CPU tensors, got {', '.join(devices)}"] if devices else []
+    return [f"needs CPU tensors, got {', '.join(devices)}"]
 
 
 def thread_count(threads: int) -> int:
