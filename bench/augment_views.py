@@ -400,11 +400,12 @@ def processor() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few images and rounds")
-    parser.add_argument("--images", type=int, help="default 40, quick 8")
+    parser.add_argument("--images", type=int, help="default 96, quick 16")
     parser.add_argument("--rounds", type=int, help="over all images, default 10, quick 1")
     parser.add_argument("--json", action="store_true", help="decode and ours only, as JSON")
     options = parser.parse_args()
-    options.images = options.images or (CHUNK if options.quick else 5 * CHUNK)
+    # An even number of chunks, so that two threads can share them.
+    options.images = options.images or (CHUNK if options.quick else 6 * CHUNK)
     options.rounds = options.rounds or (1 if options.quick else 10)
     repeats = 3 if options.quick else 15
     torch.set_num_threads(1)

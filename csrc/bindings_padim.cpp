@@ -55,13 +55,17 @@ static void mahalanobis_map(const std::vector<py::array>& maps, const py::array&
     args.mean = data_of<float>(mean, "mean", {positions, d});
     const std::vector<int64_t> shape{positions, int64_t(packed_size(int(d)))};
     if (factor.dtype().kind() == 'f' && factor.itemsize() == 2) {
-        args.factor_dtype = DType::float16;
+        args.factor_type = FactorType::float16;
         require(factor.ndim() == 2 && factor.shape(0) == shape[0] && factor.shape(1) == shape[1] &&
                     factor.flags() & py::array::c_style,
                 "factor has the wrong shape or is not contiguous");
         args.factor = factor.data();
+    } else if (py::isinstance<py::array_t<int8_t>>(factor)) {
+        args.factor_type = FactorType::int8;
+        args.factor =
+            data_of<int8_t>(factor, "factor", {positions, int64_t(quantized_size(int(d)))});
     } else {
-        args.factor_dtype = DType::float32;
+        args.factor_type = FactorType::float32;
         args.factor = data_of<float>(factor, "factor", shape);
     }
     args.out = data_of<float>(

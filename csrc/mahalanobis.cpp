@@ -22,12 +22,22 @@ inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int begi
     }
 }
 
+// What rows of a panel times x are, given `sum` over its columns; `own(i)` is x at its row i.
+template <class T, class Own>
+inline Rows product(const T* panel, Rows sum, const Own& own) {
+    if constexpr (sizeof(T) > 1) return sum;
+    const float* row = reinterpret_cast<const float*>(panel) - 16;  // see quantized_size
+    Rows x;
+    for (int i = 0; i < 8; ++i) x[i] = own(i);
+    return sum * load_rows(row) + load_rows(row + 8) * x;
+}
+
 // total[b] += squares of rows r .. r + R - 1 of panels of W x, for four images; x is (8 * panels,
 // 4)
 template <int R, class T>
 inline void add_squares(const T* factor, int r, const float* x, Rows* total) {
     const T* panel[R];
-    for (int i = 0; i < R; ++i) panel[i] = factor + panel_start(r + i);
+    for (int i = 0; i < R; ++i) panel[i] = panel_of(factor, r + i);
     Rows y[R][quad] = {};
     const int columns = 8 * (r + 1);  // of the first; every other has 8 more
     add_columns<0>(y, panel, 0, columns, x);
@@ -35,7 +45,11 @@ inline void add_squares(const T* factor, int r, const float* x, Rows* total) {
     if constexpr (R > 2) add_columns<2>(y, panel, columns + 8, columns + 16, x);
     static_assert(R <= 3);
     for (int b = 0; b < quad; ++b)
-        for (int i = 0; i < R; ++i) total[b] += y[i][b] * y[i][b];
+        for (int i = 0; i < R; ++i) {
+            const float* own = x + quad * 8 * (r + i) + b;
+            const Rows v = product(panel[i], y[i][b], [&](int k) { return own[quad * k]; });
+            total[b] += v * v;
+        }
 }
 
 float sum_of(Rows v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
@@ -63,15 +77,16 @@ float squared_norm(const T* factor, int panel_count, const float* x) {
     constexpr int ahead = 2048 / sizeof(T);
     Rows total = {};
     for (int r = 0; r < panel_count; ++r) {
-        const T* panel = factor + panel_start(r);
+        const T* panel = panel_of(factor, r);
         Rows y[4] = {};
         for (int k = 0; k < 8 * (r + 1); k += 8) {
             for (int i = 0; i < 64; i += 64 / int(sizeof(T)))
                 __builtin_prefetch(panel + 8 * k + ahead + i);
             for (int i = 0; i < 8; ++i) y[i % 4] += load_rows(panel + 8 * (k + i)) * x[k + i];
         }
-        const Rows sum = (y[0] + y[1]) + (y[2] + y[3]);
-        total += sum * sum;
+        const Rows v =
+            product(panel, (y[0] + y[1]) + (y[2] + y[3]), [&](int k) { return x[8 * r + k]; });
+        total += v * v;
     }
     return sum_of(total);
 }
@@ -109,14 +124,16 @@ bool score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
         for (int64_t p = p0; p < p0 + count; ++p) {
             const float* delta = x + (p - p0) * position_stride;
             const auto norms = [&](auto* factor) {
-                factor += p * packed_size(f.d);
+                factor += p * (sizeof *factor == 1 ? quantized_size(f.d) : packed_size(f.d));
                 if (group == 1)
                     squared[0] = squared_norm(factor, panel_count, delta);
                 else
                     squared_norms(factor, panel_count, delta, group_size, groups, total, squared);
             };
-            if (args.factor_dtype == DType::float16)
+            if (args.factor_type == FactorType::float16)
                 norms(static_cast<const uint16_t*>(args.factor));
+            else if (args.factor_type == FactorType::int8)
+                norms(static_cast<const int8_t*>(args.factor));
             else
                 norms(static_cast<const float*>(args.factor));
             for (int b = 0; b < f.batch; ++b) args.out[b * positions + p] = sqrtf(squared[b]);

@@ -17,6 +17,16 @@ SPD_HD static inline size_t packed_place(int i, int k) {
     return panel_start(i / 8) + 8 * size_t(k) + i % 8;
 }
 
+// The whitening factor in 8 bits: every panel begins with a float32 scale of each of its rows and a
+// float32 diagonal element of each, 64 bytes, before its columns of 8 bytes, zero on the diagonal.
+SPD_HD static inline size_t quantized_size(int d) { return packed_size(d) + 64 * panels(d); }
+
+// Where the columns of panel r are.
+template <class T>
+SPD_HD static inline const T* panel_of(const T* factor, int r) {
+    return factor + panel_start(r) + (sizeof(T) == 1 ? 64 * (r + 1) : 0);
+}
+
 // Feature maps of one network layer, (batch, channels, height, width) in any memory order.
 struct Layer {
     const float* data;
@@ -34,12 +44,14 @@ struct Features {
     int grid_height, grid_width;
 };
 
+enum class FactorType { float32, float16, int8 };
+
 struct MahalanobisArgs {
     Features features;
     const float* mean;   // (positions, d)
-    const void* factor;  // (positions, packed_size(d))
-    DType factor_dtype;  // float32 or float16
-    float* out;          // (batch, positions)
+    const void* factor;  // (positions, packed_size(d)), or quantized_size(d) of int8
+    FactorType factor_type;
+    float* out;  // (batch, positions)
 };
 
 struct GaussianUpdateArgs {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common.h"
-#ifdef __F16C__
+#ifdef __SSE4_1__
 #include <immintrin.h>
 #endif
 
@@ -34,6 +34,23 @@ static inline Rows load_rows(const uint16_t* half) {
     memcpy(&v, &f, sizeof v);
 #else
     for (int i = 0; i < 8; ++i) v[i] = from_half(half[i]);
+#endif
+    return v;
+}
+
+static inline Rows load_rows(const int8_t* bytes) {
+    Rows v;
+#ifdef __AVX2__
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    const __m256 f = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
+    memcpy(&v, &f, sizeof v);
+#elif defined(__SSE4_1__)
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    const __m128 f[] = {_mm_cvtepi32_ps(_mm_cvtepi8_epi32(b)),
+                        _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_srli_epi64(b, 32)))};
+    memcpy(&v, f, sizeof v);
+#else
+    for (int i = 0; i < 8; ++i) v[i] = bytes[i];
 #endif
     return v;
 }

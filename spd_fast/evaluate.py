@@ -50,6 +50,7 @@ class EvaluateConfig:
     coreset_ratio: float = 0.1
     n_neighbors: int | None = None
     bank_dtype: str = "float32"
+    compat: str | None = None
     category: tuple[str, ...] = ()
     name: str | None = None
     batch_size: int = 16
@@ -57,6 +58,7 @@ class EvaluateConfig:
     seed: int = 0
     device: str = "auto"
     skip_bad_images: bool = False
+    compile: bool = False
     save_models: bool = False
 
 
@@ -75,17 +77,19 @@ def evaluate(config: EvaluateConfig) -> dict:
 
     Writes `results.json` and `report.html` into `config.out`, and below it one directory per
     category. A category that an earlier, interrupted call with the same configuration has finished
-    is not done again.
+    is not done again. One that was finished with other settings of the same method is replaced.
 
     Returns:
         The contents of results.json, plus `dir`; see `spd_fast.report`.
 
     Raises:
-        InputError: bad data, weights or configuration, or `config.out` cannot be written.
+        InputError: bad data, weights or configuration, or `config.out` cannot be written or holds
+            the results of another method.
     """
     _check(config)
     started = time.perf_counter()
     out = make_output_dir(config.out)
+    _refuse_other_method(out, config)
     dataset = read_dataset(config.data, config.protocol, list(config.category) or None)
     model = _new_detector(config)
     categories = []
@@ -119,6 +123,8 @@ def _check(config: EvaluateConfig) -> None:
         raise InputError(
             f"{config.method} learns normal images only: protocol 1cls, got {config.protocol!r}"
         )
+    if config.compat not in (None, "spot-diff"):
+        raise InputError(f"compat is 'spot-diff' or not given, got {config.compat!r}")
     data, out = Path(config.data).resolve(), Path(config.out).resolve()
     if out == data or data in out.parents:
         raise InputError(f"the output directory {config.out} lies in the data set {config.data}")
@@ -127,9 +133,19 @@ def _check(config: EvaluateConfig) -> None:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
+def _refuse_other_method(out: Path, config: EvaluateConfig) -> None:
+    """Its results would be replaced one by one."""
+    for path in (out / CATEGORIES).glob(f"*/{RESULT}"):
+        method = read_json(path).get("fingerprint", {}).get("method", config.method)
+        if method != config.method:
+            raise InputError(
+                f"{path.parent} holds results of {method}: give {config.method} another directory"
+            )
+
+
 def _new_detector(config: EvaluateConfig) -> PaDiM | PatchCore:
     common = {name: getattr(config, name) for name in ("backbone", "preset", "weights", "seed")}
-    common["device"] = pick_device(config.device)
+    common |= {"device": pick_device(config.device), "compile": config.compile}
     if config.method == "padim":
         return PaDiM(n_features=config.n_features, factor_dtype=config.factor_dtype, **common)
     return PatchCore(
@@ -150,7 +166,7 @@ def _chosen(model: PaDiM | PatchCore) -> dict:
 def _settings(config: EvaluateConfig) -> dict:
     """What decides the numbers, as opposed to where and how fast they are made."""
     settings = asdict(config)
-    for name in ("out", "name", "batch_size", "workers", "device", "save_models"):
+    for name in ("out", "name", "batch_size", "workers", "device", "compile", "save_models"):
         del settings[name]
     settings["category"] = list(config.category)
     return settings
@@ -198,7 +214,7 @@ def _evaluate_category(
     scored = _score(model, category, preset, config, skipped)
     finished = time.perf_counter()
     labels = np.array([sample.label for sample in scored.samples])
-    pixel = metrics.pixel_metrics(scored.maps, scored.masks)
+    pixel = metrics.pixel_metrics(scored.maps, scored.masks, config.compat)
     result = {
         "name": category.name,
         "title": PAPER_NAMES.get(category.name, category.name),

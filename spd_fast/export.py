@@ -91,16 +91,22 @@ class _Program(nn.Module):
         packed factor (see `reference.packed_index`), so W is never unpacked."""
         d = delta.shape[2]
         delta = F.pad(delta, (0, -d % 8))
-        delta = delta.contiguous() if self.single else delta.mT.contiguous()
+        by_image = delta.contiguous() if self.single else delta.mT.contiguous()
         squares = 0
-        for columns in range(8, d + 8, 8):
-            start = columns * (columns - 8) // 2
-            panel = self.factor[:, start : start + 8 * columns].unflatten(1, (columns, 8)).float()
+        for r in range(-(-d // 8)):
+            columns = 8 * (r + 1)
+            start, end = 4 * r * columns, 4 * (r + 2) * columns
+            if self.factor.dtype == torch.int8:  # see `reference.quantize`
+                start, end = start + 64 * (r + 1), end + 64 * (r + 1)
+            panel = self.factor[:, start:end].unflatten(1, (columns, 8)).float()
             # Both are the same product; which one MKL does thrice as fast depends on B.
             if self.single:
-                product = delta[:, :, :columns] @ panel
-                squares = squares + product.square().sum(2)
+                product = by_image[:, :, :columns] @ panel
             else:
-                product = panel.mT @ delta[:, :columns]
-                squares = squares + product.square().sum(1)
+                product = (panel.mT @ by_image[:, :columns]).mT
+            if self.factor.dtype == torch.int8:
+                rows = self.factor[:, start - 64 : start].contiguous().view(torch.float32)
+                scale, diagonal = rows[:, None].split(8, 2)
+                product = product * scale + delta[:, :, columns - 8 : columns] * diagonal
+            squares = squares + product.square().sum(2)
         return squares.sqrt()

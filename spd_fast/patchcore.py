@@ -88,6 +88,7 @@ class PatchCore:
         weights: "imagenet", "random", or a file: our checkpoint or a torchvision state dict.
         seed: of the projection, of the coreset's first patch, and of random weights.
         device: where the network runs and distances are computed.
+        compile: run the network through torch.compile, as for `PaDiM`.
 
     Raises:
         InputError: an unknown name, a number out of range, or weights that cannot be had or do not
@@ -104,12 +105,13 @@ class PatchCore:
         weights: str | Path = "imagenet",
         seed: int = 0,
         device: str | torch.device = "cpu",
+        compile: bool = False,
     ):
         self._configure(backbone, preset, n_neighbors, bank_dtype, device)
         if not 0 < coreset_ratio <= 1:
             raise InputError(f"coreset_ratio must be above 0 and at most 1, got {coreset_ratio}")
         self.coreset_ratio, self.seed = coreset_ratio, seed
-        self.network = feature_network(load_backbone(backbone, weights, seed=seed), self.device)
+        self._use(load_backbone(backbone, weights, seed=seed), compile)
 
     def _configure(self, backbone, preset, n_neighbors, bank_dtype, device) -> None:
         if bank_dtype not in BANK_DTYPES:
@@ -124,13 +126,17 @@ class PatchCore:
         self.count = self.patch_count = 0  # images and patches fitted
         self.image_size: tuple[int, int] | None = None
 
+    def _use(self, backbone: torch.nn.Module, compile: bool) -> None:
+        self.network = feature_network(backbone, self.device)
+        self._run = torch.compile(self.network) if compile else self.network
+
     def patches(self, images: Tensor) -> Tensor:
         """Features of every patch of (B, 3, H, W) normalised images: (B, h, w, D).
 
         Raises:
             InputError: wrong shape or dtype, or features that are not finite.
         """
-        layers = read_layers(self.network, images)[1:]  # layer2 and layer3
+        layers = read_layers(self._run, images)[1:]  # layer2 and layer3
         refuse_not_finite(layers, self.backbone)
         with torch.inference_mode():
             if self.settings.patch_dim is None:
@@ -258,7 +264,9 @@ class PatchCore:
         save_state(path, state)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "PatchCore":
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", compile: bool = False
+    ) -> "PatchCore":
         """Read what `save` wrote.
 
         Raises:
@@ -271,7 +279,7 @@ class PatchCore:
                 *(state[name] for name in ("backbone", "preset", "n_neighbors", "bank_dtype")),
                 device,
             )
-            model.network = feature_network(new_backbone(state["backbone"]), model.device)
+            model._use(new_backbone(state["backbone"]), compile)
             model.network.load_state_dict(state["network"])
             for name in ("coreset_ratio", "seed", "count", "patch_count"):
                 setattr(model, name, state[name])

@@ -4,6 +4,7 @@ Nothing here is fast. Every backend is compared with these functions, and these 
 compared with torchvision, numpy, scipy and anomalib in the tests.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import permutations
 
@@ -239,6 +240,39 @@ def unpack(packed: Tensor, d: int) -> Tensor:
     return matrices
 
 
+def quantize(packed: Tensor) -> Tensor:
+    """(P, packed_size(d)) -> int8 (P, packed_size(d) + 64 ceil(d / 8)), each row with a scale.
+
+    Panel r is 64 (r + 2) bytes from 32 r (r + 3) on: float32 scales of its 8 rows, float32 elements
+    of the 8 on the diagonal, and its columns as in `packed_index`, 8 rows of a byte. The diagonal
+    stands apart because it is the largest of a whitening factor's row: sharing the row's scale it
+    would make all others' error several times as large.
+    """
+    panels = math.isqrt(packed.shape[1] // 32)
+    parts = []
+    for r in range(panels):
+        columns = packed[:, 32 * r * (r + 1) :][:, : 64 * (r + 1)].float().unflatten(1, (-1, 8))
+        diagonal = columns[:, 8 * r :].diagonal(dim1=1, dim2=2)
+        others = columns.clone()
+        others[:, 8 * r :].diagonal(dim1=1, dim2=2).zero_()
+        scale = others.abs().amax(1) / 127
+        rounded = (others / scale.clamp_min(1e-30)[:, None]).round().to(torch.int8).flatten(1)
+        parts += [scale.view(torch.int8), diagonal.contiguous().view(torch.int8), rounded]
+    return torch.cat(parts, 1)
+
+
+def dequantize(quantized: Tensor) -> Tensor:
+    """What `quantize` made -> (P, packed_size(d)) float32."""
+    parts = []
+    for r in range(math.isqrt(quantized.shape[1] // 32) - 1):
+        panel = quantized[:, 32 * r * (r + 3) :][:, : 64 * (r + 2)]
+        scale, diagonal = panel[:, :64].contiguous().view(torch.float32).split(8, 1)
+        columns = panel[:, 64:].unflatten(1, (-1, 8)) * scale[:, None]
+        columns[:, 8 * r :].diagonal(dim1=1, dim2=2).copy_(diagonal)
+        parts.append(columns.flatten(1))
+    return torch.cat(parts, 1)
+
+
 # ----------------------------------------------------------------------------------------- PaDiM
 
 
@@ -269,11 +303,13 @@ def mahalanobis_map(
     Args:
         features, channels: as in `embed`.
         mean: (P, d), P = h * w.
-        factor: (P, packed_size(d)), W = L^-1 where S = L L^T.
+        factor: (P, packed_size(d)), W = L^-1 where S = L L^T; or `quantize` of it.
 
     Returns:
         (B, h, w) in mean's dtype.
     """
+    if factor.dtype == torch.int8:
+        factor = dequantize(factor)
     x = embed(features, channels).to(mean.dtype)
     batch, d, height, width = x.shape
     delta = x.flatten(2).permute(2, 1, 0) - mean[:, :, None]  # (P, d, B)

@@ -124,7 +124,9 @@ def test_checkpoints(visa, new_engine):
     assert len(plain.state_dict()) == len(make().state_dict())
 
 
-@pytest.mark.parametrize("factor_dtype, rtol", [("float32", 1e-4), ("float16", 3e-3)])
+@pytest.mark.parametrize(
+    "factor_dtype, rtol", [("float32", 1e-4), ("float16", 3e-3), ("int8", 1e-2)]
+)
 @pytest.mark.parametrize(
     "size, layers",
     [
@@ -255,8 +257,8 @@ def test_wrong_use():
     with pytest.raises(InputError, match="expected a fitted anomalib Padim .* got Linear"):
         accelerate(torch.nn.Linear(2, 2))
     theirs, images = fitted_model()
-    with pytest.raises(InputError, match="factor_dtype is float32 or float16, got 'int8'"):
-        accelerate(theirs, "int8")
+    with pytest.raises(InputError, match="factor_dtype is float32, .*, int8; got 'int4'"):
+        accelerate(theirs, "int4")
     ours = accelerate(theirs)
     with pytest.raises(InputError, match="only scores"):
         ours.train()(images)

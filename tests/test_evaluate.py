@@ -111,6 +111,22 @@ def test_an_interrupted_evaluation_goes_on(visa, tmp_path, capsys):
     assert (tmp_path / "categories/board/result.json").stat().st_mtime_ns != before
 
 
+def test_another_method_does_not_replace_results(visa, tmp_path):
+    run = evaluate(config(visa, tmp_path, category=("board",)))
+    with pytest.raises(InputError, match="board holds results of padim: give patchcore another"):
+        evaluate(config(visa, tmp_path, category=("nut",), method="patchcore"))
+    assert evaluate(config(visa, tmp_path, category=("board",)))["categories"] == run["categories"]
+
+
+def test_metrics_of_the_published_script(visa, tmp_path):
+    exact = evaluate(config(visa, tmp_path / "exact", category=("board",)))
+    rounded = evaluate(config(visa, tmp_path / "rounded", category=("board",), compat="spot-diff"))
+    for name in ("au_roc", "au_pr"):
+        theirs, ours = (run["categories"][0]["pixel"][name] for run in (rounded, exact))
+        assert theirs == round(theirs, 4) != ours and theirs == pytest.approx(ours, abs=0.05)
+    assert rounded["config"]["compat"] == "spot-diff"
+
+
 def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
     root = small_visa(tmp_path / "visa", ("board",))
     bad = root / "board/Data/Images/Normal/002.JPG"
@@ -146,6 +162,7 @@ def test_a_mask_of_another_size_is_named(tmp_path):
         (dict(device="tpu9"), "device"),
         (dict(out="/proc/spd-fast"), "/proc/spd-fast: "),
         (dict(protocol="2cls_highshot"), "protocol 1cls"),
+        (dict(compat="mine"), "compat is 'spot-diff' or not given, got 'mine'"),
         (dict(batch_size=0), "batch_size must be at least 1"),
     ],
 )

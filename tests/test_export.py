@@ -37,9 +37,10 @@ def test_program_gives_the_maps_of_the_model(exported):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("factor_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_program_for_one_size_of_batch(tmp_path, batch):
-    model, images = fitted(tmp_path / "padim.pt")
+def test_program_for_one_size_of_batch(tmp_path, batch, factor_dtype):
+    model, images = fitted(tmp_path / "padim.pt", factor_dtype=factor_dtype)
     takes = export_padim(tmp_path / "padim.pt", tmp_path / "padim.pt2", batch)
     assert takes == f"({batch}, 3, 64, 96) images prepared as by preset 'paper'"
     program = torch.export.load(tmp_path / "padim.pt2").module()

@@ -7,8 +7,9 @@ from scipy.spatial.distance import mahalanobis
 from torch.library import opcheck
 
 from spd_fast import InputError, mahalanobis_map, reference
+from spd_fast.ops.factor import converted
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
-from spd_fast.reference import pack, packed_index, packed_size, unpack
+from spd_fast.reference import dequantize, pack, packed_index, packed_size, quantize, unpack
 
 
 def fit(features, channels, blocks, ridge=0.01, backend=None):
@@ -107,20 +108,55 @@ def test_streaming_fit_equals_numpy_cov(name, block, backend):
 # -------------------------------------------------------------------- native against the reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize("name", GAUSSIAN_CASES)
 def test_native_map_equals_reference(name, dtype):
     features, channels = gaussian_case(name)
     mean, factor = random_gaussians(features[0][0, 0].numel(), len(channels))
-    factor = factor.to(dtype)
+    factor = converted(factor, len(channels), dtype)
     exact = reference.mahalanobis_map(
-        [f.double() for f in features], channels, mean.double(), factor.double()
+        [f.double() for f in features],
+        channels,
+        mean.double(),
+        converted(factor, len(channels), torch.float32).double(),
     )
     plain = mahalanobis_map(features, channels, mean, factor, backend="reference")
     native = mahalanobis_map(features, channels, mean, factor, backend="native")
     allowed = 2 * (plain - exact).abs().max() + 1e-5
     assert native.dtype == torch.float32
     assert (native - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("name", GAUSSIAN_CASES)
+def test_int8_element_is_off_by_half_a_step_of_its_row(name):
+    """Against numpy, row by row; the diagonal is exact."""
+    features, channels = gaussian_case(name)
+    d = len(channels)
+    _, factor = random_gaussians(features[0][0, 0].numel(), d)
+    w = unpack(factor, d).numpy()
+    w[:, 5:6] *= 1000  # another row's size must not matter
+    rounded = unpack(dequantize(quantize(pack(torch.from_numpy(w)))), d).numpy()
+    for exact, ours in zip(w, rounded):
+        assert np.array_equal(np.diag(exact), np.diag(ours))
+        others = exact - np.diag(np.diag(exact))
+        steps = np.abs(others).max(1, keepdims=True) / 127
+        assert (np.abs(others - (ours - np.diag(np.diag(ours)))) <= 0.5001 * steps).all()
+
+
+def test_int8_map_stays_within_a_percent_on_correlated_features():
+    generator = torch.Generator().manual_seed(0)
+    base = [torch.rand(1, 40 << i, 16 >> i, 16 >> i, generator=generator) for i in range(3)]
+    noise = [torch.randn(40, *b.shape[1:], generator=generator) for b in base]
+    features = structured([b + 0.3 * n for b, n in zip(base, noise)])
+    channels = torch.arange(0, 280, 2)
+    mean, _, factor = fit([f[:32] for f in features], channels, 32)
+    for batch in (8, 1):  # one image has a kernel of its own
+        test = [f[-batch:] for f in features]
+        exact = mahalanobis_map(test, channels, mean, factor)
+        rounded = mahalanobis_map(test, channels, mean, quantize(factor), backend="native")
+        relative = (rounded - exact).abs() / exact
+        assert relative.max() < 1e-2 and relative.mean() < 3e-3
+        assert not torch.equal(rounded, exact)
 
 
 @pytest.mark.parametrize("name", GAUSSIAN_CASES)
@@ -215,9 +251,12 @@ def test_bad_input_is_named():
         ((features, channels, mean[:, :3], factor), r"mean must be float32 \(64, 20\)"),
         ((features, channels, mean, factor[:, :9]), r"factor must be \(64, 384\)"),
         ((features, channels, mean, factor.double()), "torch.float64"),
+        ((features, channels, mean, factor.to(torch.int8)), r"factor must be \(64, 576\)"),
     ]:
         with pytest.raises(InputError, match=message):
             mahalanobis_map(*arguments)
     with pytest.raises(InputError, match="no bfloat16 factor on the CPU"):
         mahalanobis_map(features, channels, mean, factor.bfloat16(), backend="native")
+    with pytest.raises(InputError, match="scatter must be"):
+        gaussian_update(features, channels, 0, mean, quantize(factor))
     assert mahalanobis_map(features, channels, mean, factor.bfloat16()).isfinite().all()

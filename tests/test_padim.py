@@ -17,7 +17,7 @@ from spd_fast import InputError, PaDiM, reference
 from spd_fast.detector import feature_network
 from spd_fast.models import FeatureLayers, load_backbone
 from spd_fast.ops.backends import native
-from spd_fast.ops.mahalanobis import narrowed
+from spd_fast.ops.factor import narrowed
 from spd_fast.padim import PRESETS
 from spd_fast.preprocess import displayed_image, prepare_image, prepare_mask
 
@@ -100,12 +100,15 @@ def test_batches_do_not_matter():
     torch.testing.assert_close(one_by_one, maps, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_factor():
+@pytest.mark.parametrize(
+    "factor_dtype, share, rtol", [("float16", 0.5, 2e-3), ("int8", 0.29, 1e-2)]
+)
+def test_narrow_factor(factor_dtype, share, rtol):
     model, train = fitted("paper")
-    half = PaDiM(weights="random", factor_dtype="float16").fit(train.split(5))
-    assert half.factor.dtype == torch.float16
+    narrow = PaDiM(weights="random", factor_dtype=factor_dtype).fit(train.split(5))
+    assert narrow.factor.nbytes <= share * model.factor.nbytes
     maps, _ = model.score(train[:3])
-    assert ((half.score(train[:3])[0] - maps).abs() / maps).max() < 2e-3
+    assert ((narrow.score(train[:3])[0] - maps).abs() / maps).max() < rtol
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -184,11 +187,11 @@ def test_merging_works_inside_and_outside_of_inference_mode():
 
 
 def test_only_memory_of_its_own_is_given_back():
-    whole = torch.ones(200, 5000)
+    whole = torch.ones(200, 4992)
     part = whole[100:]
-    assert torch.equal(narrowed(part, torch.float16), torch.ones(100, 5000).half())
+    assert torch.equal(narrowed(part, 96, torch.float16), torch.ones(100, 4992).half())
     assert bool((whole == 1).all())
-    narrowed(whole, torch.float16)
+    narrowed(whole, 96, torch.float16)
     assert int((whole == 0).sum()) > 0.9 * whole.numel()
 
 
@@ -251,7 +254,7 @@ def test_memory_given_back_is_zero_and_nothing_beside_it():
     assert int(memory.sum()) == (1 << 20) - len(pages)
 
 
-@pytest.mark.parametrize("factor_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("factor_dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_save_and_load(tmp_path, factor_dtype):
     model, train = fitted("anomalib", n_features=20, factor_dtype=factor_dtype)
     model.save(tmp_path / "padim.pt")
@@ -292,7 +295,7 @@ def test_wrong_use_is_named(tmp_path):
     with pytest.raises(InputError, match="n_features has no default for resnet34"):
         PaDiM("resnet34", weights="random")
     with pytest.raises(InputError, match="factor_dtype"):
-        PaDiM(weights="random", factor_dtype="int8")
+        PaDiM(weights="random", factor_dtype="int4")
     with pytest.raises(InputError, match="n_features must be 1..448"):
         PaDiM(weights="random", n_features=0)
     with pytest.raises(InputError, match="there is no file"):

@@ -1,4 +1,5 @@
 import csv
+from functools import partial
 
 import numpy as np
 import pytest
@@ -213,6 +214,16 @@ def test_save_and_load(tmp_path, preset, bank_dtype):
     stored = torch.load(tmp_path / "patchcore.pt", weights_only=True)["bank"]
     assert str(stored.dtype) == f"torch.{bank_dtype}"
     assert stored.untyped_storage().nbytes() == stored.numel() * stored.itemsize
+
+
+def test_compiled_network_gives_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model, train = fitted("paper", coreset_ratio=0.03)
+    model.save(tmp_path / "patchcore.pt")
+    compiled = PatchCore.load(tmp_path / "patchcore.pt", compile=True)
+    assert compiled._run is not compiled.network
+    for ours, theirs in zip(compiled.score(train[:2]), model.score(train[:2])):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_half_precision_bank():

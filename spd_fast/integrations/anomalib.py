@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from spd_fast.detector import smooth_upsample
 from spd_fast.errors import InputError
-from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map, narrowed
+from spd_fast.ops.factor import BLOCK, converted, factor_from, find_dtype, narrowed
+from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
 from spd_fast.padim import PRESETS
-from spd_fast.reference import pack, packed_size, unpack
+from spd_fast.reference import packed_size, unpack
 
 try:
     from anomalib.data import Batch, InferenceBatch
@@ -33,7 +34,6 @@ except ImportError as error:
     ) from error
 
 RIDGE = PRESETS["anomalib"].ridge  # it adds it to the covariance in two steps
-BLOCK_BYTES = 1 << 26  # float64 matrices converted at a time
 
 
 def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Padim | PadimModel:
@@ -50,9 +50,8 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     Args:
         model: fitted by anomalib (`Engine.fit`, or loaded from its checkpoint), or by
             `StreamingPadim`, whose state dict then becomes anomalib's as well.
-        factor_dtype: "float32", or "float16" for half the memory and, with large batches or a
-            memory-bound grid, more speed; scores then differ by up to 1e-3. None: as it is, or
-            "float32" for anomalib's own.
+        factor_dtype: as for `spd_fast.PaDiM`; with "float16" scores differ by up to 1e-3. None: as
+            it is, or "float32" for anomalib's own.
 
     Raises:
         InputError: not one of these classes, not fitted, or an inverse covariance that is not
@@ -72,7 +71,7 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
         fast = FastPadimModel(model, factor_dtype)
     if not fast.is_fitted:
         raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
-    fast.factor = fast.factor.to(_dtype(factor_dtype))
+    fast.factor = converted(fast.factor, len(fast.idx), find_dtype(factor_dtype))
     fast.factor_dtype, fast.packed_state = factor_dtype, False
     return fast
 
@@ -80,13 +79,13 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
 class FastPadimModel(PadimModel):
     """anomalib's `PadimModel` with a packed whitening factor in place of the inverse covariance.
 
-    The state dict holds the buffers `mean` (P, d) and `factor` (P, packed_size(d)), channels in
-    rising order, if `packed_state`; else `gaussian.mean` and `gaussian.inv_covariance` as anomalib
-    has them. Either form is understood when loading.
+    The state dict holds the buffers `mean` (P, d) and `factor` as in `spd_fast.ops.factor`,
+    channels in rising order, if `packed_state`; else `gaussian.mean` and
+    `gaussian.inv_covariance` as anomalib has them. Either form is understood when loading.
 
     Args:
         padim: fitted or not; its modules are shared, not copied.
-        factor_dtype: "float32" or "float16".
+        factor_dtype: as for `spd_fast.PaDiM`.
     """
 
     def __init__(self, padim: PadimModel, factor_dtype: str = "float32", packed_state=False):
@@ -97,7 +96,7 @@ class FastPadimModel(PadimModel):
         self.factor_dtype, self.packed_state = factor_dtype, packed_state
         self.running: tuple[int, Tensor, Tensor] | None = None  # count, mean, scatter while fitting
         mean, factor = _from_anomalib(
-            gaussian.mean, gaussian.inv_covariance, self.idx, _dtype(factor_dtype)
+            gaussian.mean, gaussian.inv_covariance, self.idx, find_dtype(factor_dtype)
         )
         self.register_buffer("mean", mean)
         self.register_buffer("factor", factor)
@@ -154,7 +153,10 @@ class FastPadimModel(PadimModel):
             raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {count}")
         self.running = None  # whatever happens: what follows changes the scatter in place
         gaussian_factor(scatter, len(self.idx), count, RIDGE)
-        self.mean, self.factor = mean, narrowed(scatter, _dtype(self.factor_dtype))
+        self.mean, self.factor = (
+            mean,
+            narrowed(scatter, len(self.idx), find_dtype(self.factor_dtype)),
+        )
 
     def layers_and_channels(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """What our operations take; the kept channels come in rising order."""
@@ -184,12 +186,12 @@ class FastPadimModel(PadimModel):
         if all(key in state_dict for key in theirs):
             mean, inverse = state_dict.pop(theirs[0]), state_dict.pop(theirs[1])
             state_dict[f"{prefix}mean"], state_dict[f"{prefix}factor"] = _from_anomalib(
-                mean, inverse, state_dict[theirs[2]], _dtype(self.factor_dtype)
+                mean, inverse, state_dict[theirs[2]], find_dtype(self.factor_dtype)
             )
         for name in ("mean", "factor"):  # their shapes depend on the image size
             if f"{prefix}{name}" in state_dict:
                 given = state_dict[f"{prefix}{name}"]
-                dtype = _dtype(self.factor_dtype) if name == "factor" else given.dtype
+                dtype = find_dtype(self.factor_dtype) if name == "factor" else given.dtype
                 value = torch.empty_like(given, dtype=dtype, device=self.idx.device)
                 setattr(self, name, value)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -204,7 +206,7 @@ class StreamingPadim(Padim):
     middle of its one epoch.
 
     Args:
-        factor_dtype: "float32" or "float16", as in `accelerate`. All others are those of `Padim`.
+        factor_dtype: as for `spd_fast.PaDiM`. All others are those of `Padim`.
     """
 
     def __init__(
@@ -243,12 +245,6 @@ class StreamingPadim(Padim):
         return torch.tensor(0.0, requires_grad=True, device=self.device)
 
 
-def _dtype(factor_dtype: str) -> torch.dtype:
-    if factor_dtype not in ("float32", "float16"):
-        raise InputError(f"factor_dtype is float32 or float16, got {factor_dtype!r}")
-    return getattr(torch, factor_dtype)
-
-
 @lru_cache(maxsize=256)
 def _nearest_is_exact(n_in: int, n_out: int) -> bool:
     """Whether torch's nearest interpolation reads row y * n_in // n_out, as our operations do.
@@ -259,11 +255,6 @@ def _nearest_is_exact(n_in: int, n_out: int) -> bool:
     rows = torch.arange(n_in, dtype=torch.float32).view(1, 1, n_in, 1)
     read = F.interpolate(rows, size=(n_out, 1), mode="nearest").flatten()
     return torch.equal(read.long(), torch.arange(n_out) * n_in // n_out)
-
-
-def _blocks(positions: int, d: int) -> list[slice]:
-    step = max(1, BLOCK_BYTES // (8 * d * d))
-    return [slice(start, start + step) for start in range(0, positions, step)]
 
 
 @torch.no_grad()
@@ -278,16 +269,17 @@ def _from_anomalib(
     if not inverse.numel():
         return torch.empty(0, device=idx.device), torch.empty(0, device=idx.device)
     order = idx.argsort()
-    positions, d = inverse.shape[:2]
-    factor = torch.empty(positions, packed_size(d), dtype=dtype, device=inverse.device)
-    for block in _blocks(positions, d):
+
+    def whitening(block: slice) -> Tensor:
         p = inverse[block].double()[:, order][:, :, order]
         p = (p + p.mT) / 2  # inverted in float32, it is not quite symmetric
         try:
             c = torch.linalg.cholesky(p.flip(1, 2))
         except torch.linalg.LinAlgError as error:
             raise InputError(f"an inverse covariance is not positive definite: {error}") from error
-        factor[block] = pack(c.flip(1, 2).mT).to(dtype)
+        return c.flip(1, 2).mT
+
+    factor = factor_from(whitening, *inverse.shape[:2], dtype, inverse.device)
     return mean.T[:, order].float().contiguous(), factor
 
 
@@ -299,7 +291,7 @@ def _to_anomalib(mean: Tensor, factor: Tensor, idx: Tensor) -> tuple[Tensor, Ten
     back = idx.argsort().argsort()
     positions, d = mean.shape
     inverse = torch.empty(positions, d, d, device=factor.device)
-    for block in _blocks(positions, d):
-        w = unpack(factor[block].float(), d)
-        inverse[block] = (w.mT @ w)[:, back][:, :, back]
+    for to, rows in zip(inverse.split(BLOCK), factor.split(BLOCK)):
+        w = unpack(converted(rows, d, torch.float32), d)
+        to.copy_((w.mT @ w)[:, back][:, :, back])
     return mean[:, back].T.contiguous(), inverse

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from spd_fast.errors import InputError
+from spd_fast.ops.factor import factor_from, find_dtype
 from spd_fast.padim import PaDiM
-from spd_fast.reference import pack, packed_size
 
 SEED = 1024  # of Python's generator, from which it draws the channels
 STRIDE = 4  # pixels to a step of layer1's grid
-BLOCK_BYTES = 1 << 26  # float64 matrices converted at a time
 
 
 def read_numpy_padim(
@@ -50,19 +49,19 @@ def read_numpy_padim(
     total = model._count_channels()
     drawn = torch.tensor(random.Random(SEED).sample(range(total), d))
     order = drawn.argsort()
-    factor = torch.empty(positions, packed_size(d), dtype=getattr(torch, factor_dtype))
     identity = torch.eye(d, dtype=torch.float64)
-    step = max(1, BLOCK_BYTES // (8 * d * d))
-    for start in range(0, positions, step):
-        block = covariance[:, :, start : start + step].transpose(2, 0, 1).astype(np.float64)
+
+    def whitening(block: slice) -> torch.Tensor:
+        part = torch.from_numpy(covariance[:, :, block].transpose(2, 0, 1).astype(np.float64))
         try:
-            lower = torch.linalg.cholesky(torch.from_numpy(block)[:, order][:, :, order])
+            lower = torch.linalg.cholesky(part[:, order][:, :, order])
         except torch.linalg.LinAlgError as error:
             raise InputError(
                 f"{path} holds a covariance that is not positive definite: {error}"
             ) from error
-        whitening = torch.linalg.solve_triangular(lower, identity, upper=False)
-        factor[start : start + step] = pack(whitening).to(factor.dtype)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+
+    factor = factor_from(whitening, positions, d, find_dtype(factor_dtype), "cpu")
     model.channels = drawn[order].to(model.device)
     model.mean = torch.from_numpy(mean.astype(np.float32))[order].T.contiguous().to(model.device)
     model.factor = factor.to(model.device)

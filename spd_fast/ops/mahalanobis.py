@@ -21,9 +21,8 @@ from spd_fast.ops.backends import (
     select,
     thread_count,
 )
+from spd_fast.ops.factor import FACTOR_DTYPES, factor_width
 from spd_fast.reference import packed_size
-
-FACTOR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def mahalanobis_map(
@@ -44,7 +43,8 @@ def mahalanobis_map(
             the others are brought to by nearest neighbour.
         channels: (d,) int64 indices into the concatenated channels.
         mean: (P, d) float32, P = h * w.
-        factor: (P, packed_size(d)), the packed W, float32, float16 or bfloat16.
+        factor: (P, packed_size(d)), the packed W, float32, float16 or bfloat16; or int8 as
+            `spd_fast.reference.quantize` makes it.
         threads: CPU threads; 0 = torch.get_num_threads().
         backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
 
@@ -68,7 +68,7 @@ def _mahalanobis_map(
     threads: int = 0,
     backend: str | None = None,
 ) -> Tensor:
-    _check(features, channels, mean, factor, "factor", FACTOR_DTYPES)
+    _check(features, channels, mean, factor, "factor", tuple(FACTOR_DTYPES.values()))
     chosen = select("mahalanobis_map", backend, features, channels, mean, factor)
     return chosen.function(features, channels, mean, factor, threads)
 
@@ -141,24 +141,6 @@ def gaussian_factor(
     torch.ops.spd_fast.gaussian_factor(scatter, d, count, ridge, threads, backend)
 
 
-def narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor in another dtype; nobody may use the one given afterwards.
-
-    Its memory on the CPU is given back as it is read, so that both never stand side by side,
-    unless it is a part of a larger tensor or shared with other processes.
-    """
-    if factor.dtype == dtype:
-        return factor
-    owned = factor.untyped_storage().nbytes() == factor.nbytes and not factor.is_shared()
-    give_back = owned and native is not None and factor.device.type == "cpu"
-    narrow = torch.empty(factor.shape, dtype=dtype, device=factor.device)
-    for to, rows in zip(narrow.split(64), factor.split(64)):
-        to.copy_(rows)
-        if give_back:
-            native.give_back(rows.numpy())
-    return narrow
-
-
 @torch.library.custom_op("spd_fast::gaussian_factor", mutates_args=("scatter",))
 def _gaussian_factor(
     scatter: Tensor,
@@ -214,9 +196,10 @@ def _check(
             f"mean must be float32 ({positions}, {d}) for a grid of {features[0].shape[2]} x "
             f"{features[0].shape[3]} and {d} channels, got {mean.dtype} {tuple(mean.shape)}"
         )
-    if packed.shape != (positions, packed_size(d)) or packed.dtype not in dtypes:
+    if packed.dtype not in dtypes or packed.shape != (positions, factor_width(d, packed.dtype)):
+        width = factor_width(d, packed.dtype)
         raise InputError(
-            f"{name} must be ({positions}, {packed_size(d)}) of {' or '.join(map(str, dtypes))}, "
+            f"{name} must be ({positions}, {width}) of {' or '.join(map(str, dtypes))}, "
             f"got {packed.dtype} {tuple(packed.shape)}"
         )
 

@@ -1,0 +1,88 @@
+"""The packed whitening factors of a grid of positions, in the dtypes that they are kept in.
+
+float32, float16 and bfloat16 are laid out by `spd_fast.reference.packed_index`, int8 by
+`spd_fast.reference.quantize`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from spd_fast.errors import InputError
+from spd_fast.ops.backends import native
+from spd_fast.reference import dequantize, pack, packed_size, quantize
+
+FACTOR_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+BLOCK = 64  # positions converted at a time
+BLOCK_BYTES = 1 << 26  # of float64 matrices made at a time
+
+
+def find_dtype(factor_dtype: str) -> torch.dtype:
+    """
+    Raises:
+        InputError: not one of `FACTOR_DTYPES`.
+    """
+    if factor_dtype not in FACTOR_DTYPES:
+        raise InputError(f"factor_dtype is {', '.join(FACTOR_DTYPES)}; got {factor_dtype!r}")
+    return FACTOR_DTYPES[factor_dtype]
+
+
+def factor_width(d: int, dtype: torch.dtype) -> int:
+    """Elements of one position's factor."""
+    return packed_size(d) + (64 * -(-d // 8) if dtype == torch.int8 else 0)
+
+
+def factor_from(
+    triangles: Callable[[slice], Tensor], positions: int, d: int, dtype: torch.dtype, device
+) -> Tensor:
+    """(positions, factor_width) of the (P, d, d) triangles that a function gives for a slice."""
+    factor = torch.empty(positions, factor_width(d, dtype), dtype=dtype, device=device)
+    step = max(1, BLOCK_BYTES // (8 * d * d))
+    for start in range(0, positions, step):
+        block = slice(start, start + step)
+        factor[block] = _rounded(pack(triangles(block)), dtype)
+    return factor
+
+
+def converted(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """The factor in another of the dtypes, or itself."""
+    if factor.dtype == dtype:
+        return factor
+    result = _empty_like(factor, d, dtype)
+    for to, rows in zip(result.split(BLOCK), factor.split(BLOCK)):
+        to.copy_(_rounded(rows, dtype))
+    return result
+
+
+def narrowed(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    """As `converted`, from float32; nobody may use the factor given afterwards.
+
+    Its memory on the CPU is given back as it is read, so that both never stand side by side,
+    unless it is a part of a larger tensor or shared with other processes.
+    """
+    if factor.dtype == dtype:
+        return factor
+    owned = factor.untyped_storage().nbytes() == factor.nbytes and not factor.is_shared()
+    give_back = owned and native is not None and factor.device.type == "cpu"
+    narrow = _empty_like(factor, d, dtype)
+    for to, rows in zip(narrow.split(BLOCK), factor.split(BLOCK)):
+        to.copy_(_rounded(rows, dtype))
+        if give_back:
+            native.give_back(rows.numpy())
+    return narrow
+
+
+def _empty_like(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(len(factor), factor_width(d, dtype), dtype=dtype, device=factor.device)
+
+
+def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    if factor.dtype == torch.int8:
+        factor = dequantize(factor)
+    return quantize(factor) if dtype == torch.int8 else factor.to(dtype)
