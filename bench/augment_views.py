@@ -40,12 +40,9 @@ from torchvision.io import decode_jpeg  # noqa: E402
 
 from spd_fast import augment_views, recipes, sample_view_params  # noqa: E402
 from spd_fast.loader import CHUNK  # noqa: E402
-from spd_fast.ops.augment_views import (  # noqa: E402
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    empty_on_huge_pages,
-)
+from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from spd_fast.ops.backends import native  # noqa: E402
+from spd_fast.ops.memory import on_huge_pages  # noqa: E402
 from spd_fast.views import COLUMN  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -107,8 +104,7 @@ def empty_batch(
 ) -> torch.Tensor:
     """A batch of views as the loader allocates it, touched once as the loader's used ones are."""
     shape = (VIEWS, n, size, size, 3) if channels_last else (VIEWS, n, 3, size, size)
-    memory = empty_on_huge_pages(math.prod(shape) * dtype.itemsize).zero_()
-    views = memory.view(dtype).view(shape)
+    views = on_huge_pages(torch.empty(shape, dtype=dtype)).zero_()
     return views.permute(0, 1, 4, 2, 3) if channels_last else views
 
 

@@ -2,6 +2,7 @@
 
     python bench/padim.py            # what bench/README.md shows: 10 minutes, 12 GB
     python bench/padim.py --quick    # d = 100 alone: half a minute
+    python bench/padim.py --memory 32 900    # only the memory of fits of so many images
 
 Every part checks that the results agree before it times them. Peers run in turn with ours in one
 process, except where memory is measured: there every contender is a process of its own.
@@ -24,7 +25,9 @@ from measure import best, multiply_add_peak, peak_memory
 from spd_fast import PaDiM, mahalanobis_map, reference
 from spd_fast.detector import smooth_upsample
 from spd_fast.ops.backends import native
+from spd_fast.ops.factor import converted
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
+from spd_fast.ops.memory import on_huge_pages
 from spd_fast.padim import FIT_BLOCK, PRESETS
 from spd_fast.reference import packed_size, unpack
 
@@ -56,7 +59,7 @@ def kept_channels(d: int) -> torch.Tensor:
 
 def fit(layers: list[torch.Tensor], channels: torch.Tensor):
     positions, d = layers[0][0, 0].numel(), len(channels)
-    mean, factor = torch.zeros(positions, d), torch.zeros(positions, packed_size(d))
+    mean, factor = torch.zeros(positions, d), on_huge_pages(torch.zeros(positions, packed_size(d)))
     for i in range(0, len(layers[0]), FIT_BLOCK):
         block = [layer[i : i + FIT_BLOCK] for layer in layers]
         gaussian_update(block, channels, i, mean, factor)
@@ -77,8 +80,8 @@ def table_of_scores(d: int, batches: list[int]) -> None:
     channels = kept_channels(d)
     mean, factor = fit(random_layers(d, 2 * FIT_BLOCK), channels)
     inverse = inverse_of(factor, d)
-    factors = {"float32": factor, "float16": factor.half()}
-    tolerances = {"float32": 1e-4, "float16": 1e-3}
+    tolerances = {"float32": 1e-4, "float16": 1e-3, "int8": 1e-2}
+    factors = {name: converted(factor, d, getattr(torch, name)) for name in tolerances}
     generator = AnomalyMapGenerator()
     bandwidth, peak = read_bandwidth(), multiply_add_peak()
     print(f"\nd = {d}, {GRID} x {GRID} positions; read {bandwidth / 1e9:.1f} GB/s, ", end="")
@@ -97,7 +100,7 @@ def table_of_scores(d: int, batches: list[int]) -> None:
             assert difference < tolerances[name], f"distances differ by {difference}"
             spent = best(lambda x=layers, w=w: mahalanobis_map(x, channels, mean, w))
             read = w.numel() * w.element_size() / spent / bandwidth
-            flops = 2 * w.numel() * batch / spent / peak
+            flops = 2 * factor.numel() * batch / spent / peak
             print(
                 f"batch {batch:<3}{name:<11}{1e3 * theirs:>12.1f}{1e3 * spent:>9.1f}"
                 f"{theirs / spent:>7.1f}{read:>9.0%}{flops:>9.0%}{difference:>12.0e}"
@@ -157,7 +160,8 @@ def fit_whole(images: int, factor_dtype: str) -> None:
     for _ in range(2):
         model.features(torch.randn(16, 3, 4 * GRID, 4 * GRID))
     before = peak_memory()
-    model.fit(torch.randn(16, 3, 4 * GRID, 4 * GRID) for _ in range(images // 16))
+    sizes = [16] * (images // 16) + [images % 16] * (images % 16 > 0)
+    model.fit(torch.randn(size, 3, 4 * GRID, 4 * GRID) for size in sizes)
     print(f"{before / 1e9:.2f} {peak_memory() / 1e9:.2f}")
 
 
@@ -166,7 +170,7 @@ def table_of_memory(numbers: list[int]) -> None:
     print(f"\npeak memory of a whole fit, WideResNet-50, d = 550 ({packed:.2f} GB of factor), GB")
     print(f"{'images':<12}{'factor':>9}{'network alone':>15}{'fit':>7}{'more':>7}{'/ factor':>10}")
     for images in numbers:
-        for dtype in ("float32", "float16"):
+        for dtype in ("float32", "int8"):
             command = [sys.executable, __file__, "--fit-whole", str(images), dtype]
             run = subprocess.run(command, check=True, capture_output=True, text=True)
             before, peak = map(float, run.stdout.split()[-2:])
@@ -179,6 +183,7 @@ def table_of_memory(numbers: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="d = 100 only, no memory")
+    parser.add_argument("--memory", type=int, nargs="+", metavar="IMAGES", help="only the memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fit-whole", nargs=2, metavar=("IMAGES", "DTYPE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -188,6 +193,9 @@ def main() -> None:
         return
     print(f"{options.threads} threads, {native.build_config()['instruction_set']}", end=", ")
     print(f"torch {torch.__version__}")
+    if options.memory:
+        table_of_memory(options.memory)
+        return
     table_of_scores(100, [1, 8, 32])
     if not options.quick:
         table_of_scores(550, [1, 8, 32])

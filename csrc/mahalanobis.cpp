@@ -71,10 +71,10 @@ void squared_norms(const T* factor, int panel_count, const float* x, size_t quad
 }
 
 // One image has only one dot product per row to run: four partial sums hide the latency of the add.
-// All it does is read the factor once, which is asked for 2 KiB ahead.
+// All it does is read the factor once, which is asked for 8 KiB ahead.
 template <class T>
 float squared_norm(const T* factor, int panel_count, const float* x) {
-    constexpr int ahead = 2048 / sizeof(T);
+    constexpr int ahead = 8192 / sizeof(T);
     Rows total = {};
     for (int r = 0; r < panel_count; ++r) {
         const T* panel = panel_of(factor, r);

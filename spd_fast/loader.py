@@ -28,7 +28,8 @@ from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
 from spd_fast.models import pick_device
-from spd_fast.ops.augment_views import augment_views, empty_on_huge_pages
+from spd_fast.ops.augment_views import augment_views
+from spd_fast.ops.memory import on_huge_pages
 from spd_fast.recipes import Recipe
 from spd_fast.views import sample_view_params
 
@@ -188,7 +189,7 @@ class ViewLoader:
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
         kept = self._unused.pop() if self._unused else None
         if kept is None or kept.numel() != size:
-            kept = empty_on_huge_pages(size)
+            kept = on_huge_pages(torch.empty(size, dtype=torch.uint8))
         array = kept.numpy()  # dies with the last tensor made from it
         weakref.finalize(array, self._unused.append, kept).atexit = False
         return torch.from_numpy(array)

@@ -27,6 +27,7 @@ from spd_fast.files import save_state
 from spd_fast.models import load_backbone, new_backbone, pick_device
 from spd_fast.ops.factor import factor_width, find_dtype, narrowed
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
+from spd_fast.ops.memory import on_huge_pages
 from spd_fast.preprocess import Preset, find_preset
 from spd_fast.reference import packed_size
 
@@ -282,7 +283,8 @@ class PaDiM:
             positions, d = self.grid[0] * self.grid[1], len(self.channels)
             with torch.inference_mode(False):  # `merge` may come outside of it
                 self.mean = torch.zeros(positions, d, device=self.device)
-                self._scatter = torch.zeros(positions, packed_size(d), device=self.device)
+                scatter = torch.zeros(positions, packed_size(d), device=self.device)
+                self._scatter = on_huge_pages(scatter)
         gaussian_update(layers, self.channels, self.count, self.mean, self._scatter)
         self.count += len(layers[0])
 

@@ -21,6 +21,7 @@ from spd_fast.detector import smooth_upsample
 from spd_fast.errors import InputError
 from spd_fast.ops.factor import BLOCK, converted, factor_from, find_dtype, narrowed
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
+from spd_fast.ops.memory import on_huge_pages
 from spd_fast.padim import PRESETS
 from spd_fast.reference import packed_size, unpack
 
@@ -137,7 +138,7 @@ class FastPadimModel(PadimModel):
             positions, d = layers[0].shape[2] * layers[0].shape[3], len(channels)
             mean = torch.zeros(positions, d, device=channels.device)
             scatter = torch.zeros(positions, packed_size(d), device=channels.device)
-            self.running = 0, mean, scatter
+            self.running = 0, mean, on_huge_pages(scatter)
         count, mean, scatter = self.running
         gaussian_update(layers, channels, count, mean, scatter)
         self.running = count + len(images), mean, scatter

@@ -18,6 +18,7 @@ from spd_fast.ops.backends import (
     select,
     thread_count,
 )
+from spd_fast.ops.memory import on_huge_pages
 from spd_fast.views import COLUMNS, INTEGER_COLUMNS, PATCH_KINDS, view_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -162,17 +163,8 @@ def _empty_views(
     height, width = view_size(size)
     n, v, _ = params.shape
     shape = (v, n, height, width, 3) if channels_last else (v, n, 3, height, width)
-    views = empty_on_huge_pages(math.prod(shape) * dtype.itemsize, device)
-    views = views.view(dtype).view(shape)
+    views = on_huge_pages(torch.empty(shape, dtype=dtype, device=device))
     return views.permute(0, 1, 4, 2, 3) if channels_last else views
-
-
-def empty_on_huge_pages(size: int, device: torch.device | str = "cpu") -> Tensor:
-    """(size,) uint8, not initialised; if large, on huge pages where the system has them."""
-    memory = torch.empty(size, dtype=torch.uint8, device=device)
-    if memory.device.type == "cpu" and native is not None:
-        native.advise_huge_pages(memory.numpy())
-    return memory
 
 
 def check(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spd_fast.errors import InputError
-from spd_fast.ops.backends import native
+from spd_fast.ops.memory import give_back, on_huge_pages
 from spd_fast.reference import dequantize, pack, packed_size, quantize
 
 FACTOR_DTYPES = {
@@ -42,7 +42,7 @@ def factor_from(
     triangles: Callable[[slice], Tensor], positions: int, d: int, dtype: torch.dtype, device
 ) -> Tensor:
     """(positions, factor_width) of the (P, d, d) triangles that a function gives for a slice."""
-    factor = torch.empty(positions, factor_width(d, dtype), dtype=dtype, device=device)
+    factor = _empty(positions, d, dtype, device)
     step = max(1, BLOCK_BYTES // (8 * d * d))
     for start in range(0, positions, step):
         block = slice(start, start + step)
@@ -54,7 +54,7 @@ def converted(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     """The factor in another of the dtypes, or itself."""
     if factor.dtype == dtype:
         return factor
-    result = _empty_like(factor, d, dtype)
+    result = _empty(len(factor), d, dtype, factor.device)
     for to, rows in zip(result.split(BLOCK), factor.split(BLOCK)):
         to.copy_(_rounded(rows, dtype))
     return result
@@ -68,18 +68,16 @@ def narrowed(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
     """
     if factor.dtype == dtype:
         return factor
-    owned = factor.untyped_storage().nbytes() == factor.nbytes and not factor.is_shared()
-    give_back = owned and native is not None and factor.device.type == "cpu"
-    narrow = _empty_like(factor, d, dtype)
+    narrow = _empty(len(factor), d, dtype, factor.device)
     for to, rows in zip(narrow.split(BLOCK), factor.split(BLOCK)):
         to.copy_(_rounded(rows, dtype))
-        if give_back:
-            native.give_back(rows.numpy())
+        give_back(factor, rows)
     return narrow
 
 
-def _empty_like(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(len(factor), factor_width(d, dtype), dtype=dtype, device=factor.device)
+def _empty(positions: int, d: int, dtype: torch.dtype, device) -> Tensor:
+    shape = positions, factor_width(d, dtype)
+    return on_huge_pages(torch.empty(shape, dtype=dtype, device=device))
 
 
 def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
