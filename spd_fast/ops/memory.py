@@ -1,5 +1,6 @@
 """What the operating system can do for large tensors on the CPU."""
 
+import torch
 from torch import Tensor
 
 from spd_fast.ops.backends import native
@@ -12,7 +13,7 @@ def on_huge_pages(fresh: Tensor) -> Tensor:
     once through (a batch of views) spends as long on finding its small pages as on its contents.
     """
     if fresh.device.type == "cpu" and native is not None:
-        native.advise_huge_pages(fresh.numpy())
+        native.advise_huge_pages(fresh.view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
     return fresh
 
 
