@@ -400,7 +400,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="over all images, default 10, quick 1")
     parser.add_argument("--json", action="store_true", help="decode and ours only, as JSON")
     options = parser.parse_args()
-    # An even number of chunks, so that two threads can share them.
+    # Without --quick an even number of chunks, so that two threads can share them.
     options.images = options.images or (CHUNK if options.quick else 6 * CHUNK)
     options.rounds = options.rounds or (1 if options.quick else 10)
     repeats = 3 if options.quick else 15

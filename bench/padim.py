@@ -59,7 +59,8 @@ def kept_channels(d: int) -> torch.Tensor:
 
 def fit(layers: list[torch.Tensor], channels: torch.Tensor):
     positions, d = layers[0][0, 0].numel(), len(channels)
-    mean, factor = torch.zeros(positions, d), on_huge_pages(torch.zeros(positions, packed_size(d)))
+    mean = torch.zeros(positions, d)
+    factor = on_huge_pages(torch.empty(positions, packed_size(d))).zero_()
     for i in range(0, len(layers[0]), FIT_BLOCK):
         block = [layer[i : i + FIT_BLOCK] for layer in layers]
         gaussian_update(block, channels, i, mean, factor)

@@ -255,7 +255,7 @@ def _add_evaluate(commands) -> None:
         "--factor-dtype",
         default="float32",
         choices=("float32", "float16", "bfloat16", "int8"),
-        help="PaDiM: in fewer bits, less memory; int8 changes scores by up to 1 %%",
+        help="PaDiM: fewer bits, less memory; int8 is off by about 1 %%; bfloat16 is for GPUs",
     )
     add("--coreset-ratio", type=float, default=0.1, help="PatchCore: patches that the bank keeps")
     add(
@@ -275,7 +275,7 @@ def _add_evaluate(commands) -> None:
     add("--seed", type=_seed, default=0, help="of what is drawn, random weights included")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
-    add("--compile", action="store_true", help="run the network through torch.compile")
+    add("--compile", action="store_true", help="torch.compile the network; takes minutes at first")
     add("--save-models", action="store_true", help="write OUT/categories/NAME/METHOD.pt")
     add("--out", required=True, help="output directory")
 

@@ -14,14 +14,18 @@ from spd_fast.models import FeatureLayers
 from spd_fast.reference import smooth_upsample_matrix
 
 
-def feature_network(backbone: nn.Module, device: torch.device) -> FeatureLayers:
-    """The stem and layer1 to layer3 of a ResNet, ready to be read on a device.
+def feature_network(
+    backbone: nn.Module, device: torch.device, compile: bool = False
+) -> tuple[FeatureLayers, nn.Module]:
+    """The stem and layer1 to layer3 of a ResNet on a device, and what to call in its place: itself,
+    or what torch.compile makes of it.
 
     Its batch norms are folded into the convolutions before them: it can only be read.
     """
     network = FeatureLayers(backbone).eval()
     _fold_batch_norms(network)
-    return network.to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=torch.channels_last)
+    return network, torch.compile(network) if compile else network
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

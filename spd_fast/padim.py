@@ -25,7 +25,7 @@ from spd_fast.detector import (
 from spd_fast.errors import InputError
 from spd_fast.files import save_state
 from spd_fast.models import load_backbone, new_backbone, pick_device
-from spd_fast.ops.factor import factor_width, find_dtype, narrowed
+from spd_fast.ops.factor import converted, factor_width, find_dtype
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
 from spd_fast.ops.memory import on_huge_pages
 from spd_fast.preprocess import Preset, find_preset
@@ -63,8 +63,8 @@ class PaDiM:
     """Anomaly detector with a Gaussian per position.
 
     Fitting streams over the images: memory does not grow with their number. The covariances are
-    kept as packed whitening factors, half (float32), a quarter (float16) or an eighth (int8) of the
-    bytes of their inverses.
+    kept as packed whitening factors, about half (float32), a quarter (float16) or an eighth (int8)
+    of the bytes of their inverses.
 
     `fit` does it all; `update`, `merge` and `finish` are its steps, for a loop of your own.
 
@@ -73,8 +73,9 @@ class PaDiM:
         n_features: channels kept at random of all that the layers have; None: as in the PaDiM
             paper, 100 for resnet18 and 550 for resnet50 and wide_resnet50_2.
         preset: "paper" or "anomalib", see `PRESETS`.
-        factor_dtype: "float32"; "float16" or "int8" for less memory, with distances that differ by
-            up to 0.1 % or 1 %; or "bfloat16", which the CPU's fast backend does not take.
+        factor_dtype: "float32"; "float16" or "int8" for less memory and, one image at a time, less
+            time, with maps that differ by about 0.1 % or 1 % (docs/method.md says when by more); or
+            "bfloat16", which the CPU's fast backend does not take.
         weights: "imagenet", "random", or a file: our checkpoint or a torchvision state dict.
         seed: of the choice of channels, and of random weights.
         device: where the network and the Gaussians live.
@@ -97,7 +98,8 @@ class PaDiM:
         compile: bool = False,
     ):
         self._configure(backbone, preset, factor_dtype, device)
-        self._use(load_backbone(backbone, weights, seed=seed), compile)
+        module = load_backbone(backbone, weights, seed=seed)
+        self.network, self._run = feature_network(module, self.device, compile)
         total = self._count_channels()
         wanted = N_FEATURES.get(backbone) if n_features is None else n_features
         if wanted is None:
@@ -116,10 +118,6 @@ class PaDiM:
         self.device = pick_device(device)
         self.channels = None
         self._forget()
-
-    def _use(self, backbone: torch.nn.Module, compile: bool) -> None:
-        self.network = feature_network(backbone, self.device)
-        self._run = torch.compile(self.network) if compile else self.network
 
     def _forget(self) -> None:
         self.count = 0  # images fitted
@@ -236,24 +234,18 @@ class PaDiM:
             raise InputError("this PaDiM is finished already: fit() starts anew")
         if self.count < 2:
             raise InputError(f"PaDiM needs at least 2 images to fit a covariance, got {self.count}")
-        scatter, self._scatter = self._scatter, None  # nobody else holds it, see `narrowed`
+        scatter, self._scatter = self._scatter, None  # nobody else holds it, see `converted`
+        d, dtype = len(self.channels), find_dtype(self.factor_dtype)
         try:
-            self._factorise(scatter)
+            with tqdm(total=len(scatter), desc="covariances", unit="position", delay=2) as progress:
+                for block in scatter.split(FACTOR_BLOCK):
+                    gaussian_factor(block, d, self.count, self.settings.ridge)
+                    progress.update(len(block))
+            self.factor = converted(scatter, d, dtype, consume=True)
         except BaseException:
             self._forget()
             raise
-        self.factor = narrowed(scatter, len(self.channels), find_dtype(self.factor_dtype))
         return self
-
-    def _factorise(self, scatter: Tensor) -> None:
-        d, ridge = len(self.channels), self.settings.ridge
-        with tqdm(total=len(scatter), desc="covariances", unit="position", delay=2) as progress:
-            for block in scatter.split(FACTOR_BLOCK):
-                try:
-                    gaussian_factor(block, d, self.count, ridge)
-                except InputError as error:
-                    raise InputError(f"{error} (counted from {progress.n})") from error
-                progress.update(len(block))
 
     def _identity(self) -> dict:
         """What two models must share for their images to be counted together."""
@@ -283,8 +275,8 @@ class PaDiM:
             positions, d = self.grid[0] * self.grid[1], len(self.channels)
             with torch.inference_mode(False):  # `merge` may come outside of it
                 self.mean = torch.zeros(positions, d, device=self.device)
-                scatter = torch.zeros(positions, packed_size(d), device=self.device)
-                self._scatter = on_huge_pages(scatter)
+                scatter = torch.empty(positions, packed_size(d), device=self.device)
+                self._scatter = on_huge_pages(scatter).zero_()
         gaussian_update(layers, self.channels, self.count, self.mean, self._scatter)
         self.count += len(layers[0])
 
@@ -366,7 +358,8 @@ class PaDiM:
         model = cls.__new__(cls)
         try:
             model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)
-            model._use(new_backbone(state["backbone"]), compile)
+            backbone = new_backbone(state["backbone"])
+            model.network, model._run = feature_network(backbone, model.device, compile)
             model.network.load_state_dict(state["network"])
             model.count, model.image_size = int(state["count"]), tuple(state["image_size"])
             for name in ("channels", "mean", "factor"):

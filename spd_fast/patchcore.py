@@ -111,7 +111,8 @@ class PatchCore:
         if not 0 < coreset_ratio <= 1:
             raise InputError(f"coreset_ratio must be above 0 and at most 1, got {coreset_ratio}")
         self.coreset_ratio, self.seed = coreset_ratio, seed
-        self._use(load_backbone(backbone, weights, seed=seed), compile)
+        module = load_backbone(backbone, weights, seed=seed)
+        self.network, self._run = feature_network(module, self.device, compile)
 
     def _configure(self, backbone, preset, n_neighbors, bank_dtype, device) -> None:
         if bank_dtype not in BANK_DTYPES:
@@ -125,10 +126,6 @@ class PatchCore:
         self.bank = None  # of `prepare_bank`
         self.count = self.patch_count = 0  # images and patches fitted
         self.image_size: tuple[int, int] | None = None
-
-    def _use(self, backbone: torch.nn.Module, compile: bool) -> None:
-        self.network = feature_network(backbone, self.device)
-        self._run = torch.compile(self.network) if compile else self.network
 
     def patches(self, images: Tensor) -> Tensor:
         """Features of every patch of (B, 3, H, W) normalised images: (B, h, w, D).
@@ -279,7 +276,8 @@ class PatchCore:
                 *(state[name] for name in ("backbone", "preset", "n_neighbors", "bank_dtype")),
                 device,
             )
-            model._use(new_backbone(state["backbone"]), compile)
+            backbone = new_backbone(state["backbone"])
+            model.network, model._run = feature_network(backbone, model.device, compile)
             model.network.load_state_dict(state["network"])
             for name in ("coreset_ratio", "seed", "count", "patch_count"):
                 setattr(model, name, state[name])

@@ -245,7 +245,7 @@ def quantize(packed: Tensor) -> Tensor:
 
     Panel r is 64 (r + 2) bytes from 32 r (r + 3) on: float32 scales of its 8 rows, float32 elements
     of the 8 on the diagonal, and its columns as in `packed_index`, 8 rows of a byte. The diagonal
-    stands apart because it is the largest of a whitening factor's row: sharing the row's scale it
+    stands apart because it is the largest of most rows of a whitening factor: in the row's scale it
     would make all others' error several times as large.
     """
     panels = math.isqrt(packed.shape[1] // 32)

@@ -213,6 +213,16 @@ def test_copies_and_files():
         torch.load(file, weights_only=False),
     ):
         assert_same(other(images), expected, rtol=0)
+    for dtype in ("float16", "int8"):  # what a model of another dtype has saved is converted
+        other = FastPadimModel(PadimModel(pre_trained=False, n_features=30), dtype, True).eval()
+        ours.packed_state = True
+        other.load_state_dict(ours.state_dict())
+        ours.packed_state = False
+        assert str(other.factor.dtype) == f"torch.{dtype}"
+        assert_same(other(images), expected, rtol=1e-2)
+        back = FastPadimModel(PadimModel(pre_trained=False, n_features=30)).eval()
+        back.load_state_dict(other.state_dict())
+        assert_same(back(images), other(images), rtol=1e-4)
     half = accelerate(ours, "float16")
     half.load_state_dict(half.state_dict())
     assert half.factor.dtype == torch.float16

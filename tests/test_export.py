@@ -22,9 +22,9 @@ def fitted(path, preset="paper", factor_dtype="float32"):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A directory with padim.pt in float16 and padim.pt2, the model, images, the loaded program."""
+    """A directory with padim.pt in int8 and padim.pt2, the model, images, the loaded program."""
     directory = tmp_path_factory.mktemp("export")
-    model, images = fitted(directory / "padim.pt", "anomalib", "float16")
+    model, images = fitted(directory / "padim.pt", "anomalib", "int8")
     assert main(["export", f"--model={directory}/padim.pt", f"--out={directory}/padim.pt2"]) == 0
     return directory, model, images, torch.export.load(directory / "padim.pt2")
 
@@ -37,7 +37,7 @@ def test_program_gives_the_maps_of_the_model(exported):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("factor_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("factor_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_program_for_one_size_of_batch(tmp_path, batch, factor_dtype):
     model, images = fitted(tmp_path / "padim.pt", factor_dtype=factor_dtype)
@@ -78,7 +78,7 @@ def test_program_runs_where_spd_fast_is_not(exported, tmp_path):
 def test_factor_stays_packed_in_its_dtype(exported):
     directory, model, _, program = exported
     factor = program.state_dict["factor"]
-    assert factor.dtype == torch.float16 and torch.equal(factor, model.factor)
+    assert factor.dtype == torch.int8 and torch.equal(factor, model.factor)
     sizes = [(directory / name).stat().st_size for name in ("padim.pt", "padim.pt2")]
     assert sizes[1] < sizes[0] + 1_000_000
 

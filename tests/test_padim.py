@@ -17,7 +17,7 @@ from spd_fast import InputError, PaDiM, reference
 from spd_fast.detector import feature_network
 from spd_fast.models import FeatureLayers, load_backbone
 from spd_fast.ops.backends import native
-from spd_fast.ops.factor import narrowed
+from spd_fast.ops.factor import converted
 from spd_fast.padim import PRESETS
 from spd_fast.preprocess import displayed_image, prepare_image, prepare_mask
 
@@ -122,7 +122,7 @@ def test_folded_batch_norms_change_nothing(name):
     images = photo_crops(2, "paper")
     with torch.no_grad():
         expected = FeatureLayers(copy.deepcopy(backbone)).eval()(images)
-        folded = feature_network(backbone, torch.device("cpu"))
+        folded, _ = feature_network(backbone, torch.device("cpu"))
         layers = folded(images)
     assert not [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     for ours, theirs in zip(layers, expected):
@@ -189,9 +189,12 @@ def test_merging_works_inside_and_outside_of_inference_mode():
 def test_only_memory_of_its_own_is_given_back():
     whole = torch.ones(200, 4992)
     part = whole[100:]
-    assert torch.equal(narrowed(part, 96, torch.float16), torch.ones(100, 4992).half())
+    half = converted(part, 96, torch.float16, consume=True)
+    assert torch.equal(half, torch.ones(100, 4992).half())
     assert bool((whole == 1).all())
-    narrowed(whole, 96, torch.float16)
+    converted(whole, 96, torch.float16)
+    assert bool((whole == 1).all())
+    converted(whole, 96, torch.float16, consume=True)
     assert int((whole == 0).sum()) > 0.9 * whole.numel()
 
 

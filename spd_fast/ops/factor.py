@@ -43,36 +43,31 @@ def factor_from(
 ) -> Tensor:
     """(positions, factor_width) of the (P, d, d) triangles that a function gives for a slice."""
     factor = _empty(positions, d, dtype, device)
-    step = max(1, BLOCK_BYTES // (8 * d * d))
-    for start in range(0, positions, step):
-        block = slice(start, start + step)
+    for block in blocks_of_matrices(positions, d):
         factor[block] = _rounded(pack(triangles(block)), dtype)
     return factor
 
 
-def converted(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-    """The factor in another of the dtypes, or itself."""
+def blocks_of_matrices(positions: int, d: int) -> list[slice]:
+    """Positions whose (d, d) float64 matrices take 64 MB."""
+    step = max(1, BLOCK_BYTES // (8 * d * d))
+    return [slice(start, start + step) for start in range(0, positions, step)]
+
+
+def converted(factor: Tensor, d: int, dtype: torch.dtype, consume: bool = False) -> Tensor:
+    """The factor in another of the dtypes, or itself.
+
+    consume: nobody uses the one given afterwards. Its memory is given back as it is read, where
+    `give_back` can, so that both never stand side by side.
+    """
     if factor.dtype == dtype:
         return factor
     result = _empty(len(factor), d, dtype, factor.device)
     for to, rows in zip(result.split(BLOCK), factor.split(BLOCK)):
         to.copy_(_rounded(rows, dtype))
+        if consume:
+            give_back(factor, rows)
     return result
-
-
-def narrowed(factor: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-    """As `converted`, from float32; nobody may use the factor given afterwards.
-
-    Its memory on the CPU is given back as it is read, so that both never stand side by side,
-    unless it is a part of a larger tensor or shared with other processes.
-    """
-    if factor.dtype == dtype:
-        return factor
-    narrow = _empty(len(factor), d, dtype, factor.device)
-    for to, rows in zip(narrow.split(BLOCK), factor.split(BLOCK)):
-        to.copy_(_rounded(rows, dtype))
-        give_back(factor, rows)
-    return narrow
 
 
 def _empty(positions: int, d: int, dtype: torch.dtype, device) -> Tensor:

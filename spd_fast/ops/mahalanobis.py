@@ -197,7 +197,7 @@ def _check(
             f"{features[0].shape[3]} and {d} channels, got {mean.dtype} {tuple(mean.shape)}"
         )
     if packed.dtype not in dtypes or packed.shape != (positions, factor_width(d, packed.dtype)):
-        width = factor_width(d, packed.dtype)
+        width = factor_width(d, packed.dtype if packed.dtype in dtypes else dtypes[0])
         raise InputError(
             f"{name} must be ({positions}, {width}) of {' or '.join(map(str, dtypes))}, "
             f"got {packed.dtype} {tuple(packed.shape)}"
@@ -250,9 +250,8 @@ def _factor_reasons(scatter) -> list[str]:
 
 
 def _factor_native(scatter, d, count, ridge, threads) -> None:
-    position = native.gaussian_factor(scatter.numpy(), d, count, ridge, thread_count(threads))
-    if position >= 0:
-        raise InputError(f"the covariance at position {position} is not positive definite")
+    if native.gaussian_factor(scatter.numpy(), d, count, ridge, thread_count(threads)) >= 0:
+        raise InputError("a covariance is not positive definite")
 
 
 def _factor_reference(scatter, d, count, ridge, threads) -> None:
