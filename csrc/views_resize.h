@@ -122,14 +122,12 @@ template <int fixed_taps = 0>
 void weighted_pixels(float* const* d, int pitch, const Floats* s, const Taps& t) {
     const int taps = fixed_taps ? fixed_taps : t.taps;
     const float* w = t.weights;
-    for (int x = 0; x < pitch; x += 4) {
-        Floats block[4];
-        for (int j = 0; j < 4; ++j, w += taps) {
-            const Floats* pixel = s + t.first[x + j];
-            Floats sum = pixel[0] * w[0];
-            for (int k = 1; k < taps; ++k) sum += pixel[k] * w[k];
-            block[j] = sum;
-        }
+    for (int x = 0; x < pitch; x += 4, w += 4 * taps) {
+        const Floats* pixel[4];
+        for (int j = 0; j < 4; ++j) pixel[j] = s + t.first[x + j];
+        Floats block[4] = {};
+        for (int k = 0; k < taps; ++k)  // four sums at a time, to hide the latency of the add
+            for (int j = 0; j < 4; ++j) block[j] += pixel[j][k] * w[j * taps + k];
         transpose_quarters(block);
         for (int r = 0; r < pixel_rows; ++r)
             for (int c = 0; c < 3; ++c) store_quarter(d[r] + c * pitch + x, block[c], r);
