@@ -10,11 +10,10 @@ namespace {
 
 constexpr int quad = 4;  // images that share what is loaded of the factor
 
-// y[i][b] += panel i * x for columns begin .. end - 1 and the panels from number `from` on.
+// y[i][b] += panel i * x for columns k .. k + 7 and the panels from number `from` on.
 template <int from, int R, class T>
-inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int begin, int end,
-                        const float* x) {
-    for (int k = begin; k < end; ++k) {
+inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int k, const float* x) {
+    for (const int end = k + 8; k < end; ++k) {
         Rows column[R];
         for (int i = from; i < R; ++i) column[i] = load_rows(panel[i] + 8 * k);
         for (int b = 0; b < quad; ++b)
@@ -32,17 +31,27 @@ inline Rows product(const T* panel, Rows sum, const Own& own) {
     return sum * load_rows(row) + load_rows(row + 8) * x;
 }
 
-// total[b] += squares of rows r .. r + R - 1 of panels of W x, for four images; x is (8 * panels,
-// 4)
+// total[b] += squares of rows r .. r + R - 1 of panels of W x, for the four images of quad q; x is
+// (8 * panels, 4). Meanwhile what follows comes from memory, of which every quad asks for its share:
+// into the second cache, as the first has too few places for lines that are on their way.
 template <int R, class T>
-inline void add_squares(const T* factor, int r, const float* x, Rows* total) {
+inline void add_squares(const T* factor, int r, const float* x, Rows* total, int q, int quads) {
     const T* panel[R];
     for (int i = 0; i < R; ++i) panel[i] = panel_of(factor, r + i);
+    const T* next = panel_of(factor, r + R);
+    const auto ask = [&](int k) {
+        constexpr int line = 64 / sizeof(T), ahead = R + 1;  // the next panels are longer
+        for (int i = q; i < ahead * 64 / line; i += quads)
+            __builtin_prefetch(next + ahead * 8 * k + i * line, 0, 2);
+    };
     Rows y[R][quad] = {};
     const int columns = 8 * (r + 1);  // of the first; every other has 8 more
-    add_columns<0>(y, panel, 0, columns, x);
-    if constexpr (R > 1) add_columns<1>(y, panel, columns, columns + 8, x);
-    if constexpr (R > 2) add_columns<2>(y, panel, columns + 8, columns + 16, x);
+    for (int k = 0; k < columns; k += 8) {
+        ask(k);
+        add_columns<0>(y, panel, k, x);
+    }
+    if constexpr (R > 1) ask(columns), add_columns<1>(y, panel, columns, x);
+    if constexpr (R > 2) ask(columns + 8), add_columns<2>(y, panel, columns + 8, x);
     static_assert(R <= 3);
     for (int b = 0; b < quad; ++b)
         for (int i = 0; i < R; ++i) {
@@ -61,12 +70,12 @@ void squared_norms(const T* factor, int panel_count, const float* x, size_t quad
                    Rows* total, float* out) {
     for (int q = 0; q < quad * quads; ++q) total[q] = Rows{};
     int r = 0;
-    for (; r + panel_group <= panel_count; r += panel_group)
+    for (; r < panel_count % panel_group; ++r)  // what is left over is short here
         for (int q = 0; q < quads; ++q)
-            add_squares<panel_group>(factor, r, x + q * quad_stride, total + quad * q);
-    for (; r < panel_count; ++r)
+            add_squares<1>(factor, r, x + q * quad_stride, total + quad * q, q, quads);
+    for (; r < panel_count; r += panel_group)
         for (int q = 0; q < quads; ++q)
-            add_squares<1>(factor, r, x + q * quad_stride, total + quad * q);
+            add_squares<panel_group>(factor, r, x + q * quad_stride, total + quad * q, q, quads);
     for (int b = 0; b < quad * quads; ++b) out[b] = sum_of(total[b]);
 }
 
