@@ -34,12 +34,22 @@ void add_bounds_of_pick(KCenter& state, int64_t number) {
         block[c * bound_block + number % bound_block] = bounds[c];
 }
 
-// Bit i is set if pick i of a block may be nearer than the square root of what `limit` widens.
-unsigned candidates(const float* block, const float* bounds, float limit) {
-    Floats lower[block_vectors];
-    bound_distances<1>(block, bounds, kcenter_bounds, lower);
-    unsigned bits = 0;
-    for (int v = 0; v < block_vectors; ++v) bits |= below(lower[v], limit) << v * lanes;
+// The bits of those picks of a block that may be nearer than the square root of what `limit` widens.
+// The first coordinates, along which points differ most, already rule out most of them.
+unsigned candidates(const float* block, const float* bounds, float limit, unsigned bits) {
+    constexpr int step = 16;
+    static_assert(kcenter_bounds % step == 0);
+    Floats lower[block_vectors] = {};
+    for (int c = 0; c < kcenter_bounds && bits; c += step) {
+        Floats more[block_vectors];
+        bound_distances<1>(block + c * bound_block, bounds + c, step, more);
+        unsigned below_limit = 0;
+        for (int v = 0; v < block_vectors; ++v) {
+            lower[v] += more[v];
+            below_limit |= below(lower[v], limit) << v * lanes;
+        }
+        bits &= below_limit;
+    }
     return bits;
 }
 
@@ -51,8 +61,9 @@ void refresh(KCenter& state, Waiting& item, float enough) {
     while (item.seen < state.done) {
         const int64_t first = item.seen / bound_block * bound_block;
         const int64_t end = min2<int64_t>(first + bound_block, state.done);
-        unsigned bits = candidates(state.pick_bounds + first * kcenter_bounds, bounds, limit);
-        bits &= ~0u << (item.seen - first) & ((1u << (end - first)) - 1);
+        const unsigned unseen = ~0u << (item.seen - first) & ((1u << (end - first)) - 1);
+        unsigned bits =
+            candidates(state.pick_bounds + first * kcenter_bounds, bounds, limit, unseen);
         item.seen = int32_t(end);
         for (; bits; bits &= bits - 1) {
             const int64_t pick = first + __builtin_ctz(bits);

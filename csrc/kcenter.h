@@ -5,7 +5,7 @@
 
 namespace spd {
 
-constexpr int kcenter_bounds = 16;  // bound coordinates, see dist2.h
+constexpr int kcenter_bounds = 64;  // bound coordinates, see dist2.h
 constexpr int kcenter_block = 16;
 
 // A point that is not picked yet. `distance` is the smallest squared distance to the first `seen`

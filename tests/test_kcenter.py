@@ -12,6 +12,7 @@ from spd_fast import InputError, greedy_kcenter
 from spd_fast import reference_patchcore as reference
 from spd_fast.ops.backends import native
 from spd_fast.ops.bounds import coordinates, principal_axes, slack
+from spd_fast.ops.kcenter import BOUNDS
 from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
 
 # ------------------------------------------------------- reference against numpy, anomalib, sklearn
@@ -182,7 +183,7 @@ def test_other_threads_run_during_a_selection():
         ran.append(not finished.is_set())
 
     # Bounds of zero rule nothing out, so this takes a while; there is one report, at the end.
-    points, bounds = torch.randn(20_000, 256), torch.zeros(20_000, 16)
+    points, bounds = torch.randn(20_000, 256), torch.zeros(20_000, BOUNDS)
     picks, reports = torch.zeros(250, dtype=torch.int64), []
     thread = threading.Thread(target=other)
     switch_interval = sys.getswitchinterval()
@@ -207,7 +208,7 @@ def test_progress_is_reported_and_may_interrupt():
         if done > 600:
             raise KeyboardInterrupt
 
-    bounds, picks = torch.zeros(2000, 16), torch.zeros(1000, dtype=torch.int64)
+    bounds, picks = torch.zeros(2000, BOUNDS), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
         native.kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), report)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

@@ -1,8 +1,8 @@
 """Coordinates from which a lower bound of the distance of two points follows.
 
-They are coordinates along a few orthonormal directions and, as one more, the norm of what these
-leave out of a point. So no two points are nearer to each other than their coordinates are, whatever
-the directions; along the principal components of the points the bound is nearly tight.
+They are coordinates along a few orthonormal directions, so no two points are nearer to each other
+than their coordinates are, whatever the directions; along the principal components of the points
+the bound is nearly tight.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Axes(NamedTuple):
     """Where coordinates are measured from and along what, in float64."""
 
     origin: Tensor  # (D,)
-    directions: Tensor  # (D, count - 1), orthonormal columns
+    directions: Tensor  # (D, count), orthonormal columns, or zeros past D
 
 
 def principal_axes(points: Tensor, count: int) -> Axes:
@@ -31,25 +31,20 @@ def principal_axes(points: Tensor, count: int) -> Axes:
     some = points[:: -(-len(points) // SAMPLE)]
     origin = some.double().mean(0)
     some = (some - origin).float()
-    shape = some.shape[1], min(some.shape[1], count - 1)
+    dim = some.shape[1]
     generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(shape, generator=generator).to(some.device)
+    directions = torch.randn(dim, min(dim, count), generator=generator).to(some.device)
     for _ in range(ITERATIONS):
         directions = torch.linalg.qr(some.T @ (some @ directions)).Q
     directions = torch.linalg.qr(directions.double()).Q  # orthonormal to the last digit
-    missing = count - 1 - directions.shape[1]  # more than there are dimensions
-    return Axes(origin, torch.nn.functional.pad(directions, (0, missing)))
+    return Axes(origin, torch.nn.functional.pad(directions, (0, max(0, count - dim))))
 
 
 def coordinates(points: Tensor, axes: Axes) -> Tensor:
     """(N, D) -> (N, count) float32. In float64, so that only the last step rounds."""
-    found = points.new_empty(len(points), axes.directions.shape[1] + 1, dtype=torch.float32)
-    for start in range(0, len(points), BLOCK):
-        block = points[start : start + BLOCK].double() - axes.origin
-        along = block @ axes.directions
-        rest = (block.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
-        found[start : start + BLOCK, :-1] = along
-        found[start : start + BLOCK, -1] = rest
+    found = points.new_empty(len(points), axes.directions.shape[1], dtype=torch.float32)
+    for to, block in zip(found.split(BLOCK), points.split(BLOCK), strict=True):
+        to.copy_(block.double().sub_(axes.origin) @ axes.directions)
     return found
 
 
@@ -61,9 +56,9 @@ def largest_norm(found: Tensor) -> float:
 def slack(largest: float) -> float:
     """How much rounding can add to the distance of two points' coordinates.
 
-    With R the largest norm, a coordinate is off by at most 2^-24 R, so a distance by at most
-    2^-23 sqrt(count) R: below 1e-6 R up to 64 coordinates. 1e-18 stands above what underflows in a
-    square.
+    A coordinate is off by at most 2^-24 of its size, so all of a point's together by 2^-24 of their
+    norm, and a distance by 2^-23 R, with R the largest norm: 1e-6 R leaves room for what float64
+    rounds before. 1e-18 stands above what underflows in a square.
     """
     return 1e-6 * largest + 1e-18
 

@@ -17,7 +17,7 @@ from spd_fast.ops.backends import (
 )
 from spd_fast.ops.bounds import coordinates, largest_norm, principal_axes, slack
 
-BOUNDS = 16  # kcenter_bounds of csrc/kcenter.h
+BOUNDS = 64  # kcenter_bounds of csrc/kcenter.h
 
 
 def greedy_kcenter(

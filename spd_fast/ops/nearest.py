@@ -28,7 +28,7 @@ class Bank(NamedTuple):
 
     points: Tensor  # (N, D) float32, D padded with zeros to a multiple of 32
     origin: Tensor  # (D,) float64: `spd_fast.ops.bounds.Axes`
-    directions: Tensor  # (D, BOUNDS - 1) float64
+    directions: Tensor  # (D, BOUNDS) float64
     blocks: Tensor  # (N / 16 rounded up, BOUNDS, 16) float32: the points' coordinates
     largest: float  # norm of these
 
