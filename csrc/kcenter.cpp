@@ -34,8 +34,18 @@ void add_bounds_of_pick(KCenter& state, int64_t number) {
         block[c * bound_block + number % bound_block] = bounds[c];
 }
 
-// The bits of those picks of a block that may be nearer than the square root of what `limit` widens.
-// The first coordinates, along which points differ most, already rule out most of them.
+// Points come up in no order, so each would be waited for. GCC leaves out calls of a function that
+// only fetches: it has to be inlined.
+__attribute__((always_inline)) inline void fetch(const KCenter& state, int64_t point) {
+    constexpr int line = 16;
+    const float* bounds = state.bounds + point * kcenter_bounds;
+    for (int c = 0; c < kcenter_bounds; c += line) __builtin_prefetch(bounds + c);
+    for (int c = 0; c < state.d; c += line)
+        __builtin_prefetch(state.points + point * state.d + c, 0, 2);  // needed later, if at all
+}
+
+// The bits of those picks of a block that may be nearer than the square root of what `limit`
+// widens. The first coordinates, along which points differ most, already rule out most of them.
 unsigned candidates(const float* block, const float* bounds, float limit, unsigned bits) {
     constexpr int step = 16;
     static_assert(kcenter_bounds % step == 0);
@@ -105,8 +115,10 @@ void kcenter_advance(KCenter& state, int64_t picked) {
             heap[0] = heap[--state.waiting];
         } else {
             float second = -1;
-            for (int64_t child = 1; child < min2<int64_t>(3, state.waiting); ++child)
+            for (int64_t child = 1; child < min2<int64_t>(3, state.waiting); ++child) {
                 second = max2(second, heap[child].distance);
+                fetch(state, heap[child].point);  // one of them probably comes next
+            }
             refresh(state, heap[0], second);
         }
         if (state.waiting) sift_down(heap, state.waiting, 0);

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SAMPLE = 2048  # points that the directions are computed from
+SAMPLE = 1024  # points that the directions are computed from
 ITERATIONS = 3
 BLOCK = 1024  # points at a time: the temporaries stay in cache
 
