@@ -41,7 +41,8 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     """The fitted model with our scorer.
 
     Of a `Padim` the `.model` is replaced, in place. Of a `PadimModel` a new one is made, which
-    shares the backbone; while both live, memory holds the inverse covariances and the factors.
+    shares the backbone, whose weights become channels-last; while both live, memory holds the
+    inverse covariances and the factors.
     What has our scorer already is changed in place.
     The state dict stays anomalib's in keys and shapes, for which the inverse covariances are made
     anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB. Thresholds stay as anomalib set
@@ -94,6 +95,8 @@ class FastPadimModel(PadimModel):
         nn.Module.__init__(self)  # not PadimModel's, which would make another backbone
         for name, value in vars(padim).items():
             self.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        # Convolutions are faster so, and a position's channels lie together for our scorer.
+        self.feature_extractor.to(memory_format=torch.channels_last)
         gaussian = self._modules.pop("gaussian")
         self.factor_dtype, self.packed_state = factor_dtype, packed_state
         self.running: tuple[int, Tensor, Tensor] | None = None  # count, mean, scatter while fitting
