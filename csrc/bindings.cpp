@@ -24,7 +24,7 @@ namespace spd {
      isa::gaussian_factor,                \
      isa::kcenter_begin,                  \
      isa::kcenter_advance,                \
-     isa::nearest}
+     isa::nearest_neighbors}
 
 #ifdef SPD_HAVE_v2
 SPD_DECLARE(v2)

@@ -31,7 +31,7 @@ struct Kernels {
     int64_t (*gaussian_factor)(const GaussianFactorArgs&, int64_t, int64_t);
     void (*kcenter_begin)(KCenter&);
     void (*kcenter_advance)(KCenter&, int64_t);
-    bool (*nearest)(const NearestArgs&, int64_t, int64_t);
+    bool (*nearest_neighbors)(const NearestArgs&, int64_t, int64_t);
 };
 
 extern const Kernels* kernels;  // chosen at import

@@ -8,8 +8,8 @@ namespace spd {
 
 // Fills picks (k,), whose first is the start. `progress` is called with how many are known every
 // now and then, and may raise. Returns how many full distances were computed.
-static int64_t kcenter(const py::array& points, const py::array& bounds, float slack,
-                       const py::array& picks, const py::function& progress) {
+static int64_t greedy_kcenter(const py::array& points, const py::array& bounds, float slack,
+                              const py::array& picks, const py::function& progress) {
     require(points.ndim() == 2 && picks.ndim() == 1, "points must be 2-D, picks 1-D");
     KCenter state{};
     state.n = points.shape(0);
@@ -70,14 +70,14 @@ static void nearest_neighbors(const py::array& queries, const py::array& bank,
     {
         py::gil_scoped_release release;
         parallel_for(q, 16, threads, [&](int64_t begin, int64_t end) {
-            if (!kernels->nearest(args, begin, end)) out_of_memory = true;
+            if (!kernels->nearest_neighbors(args, begin, end)) out_of_memory = true;
         });
     }
     if (out_of_memory) throw std::bad_alloc();
 }
 
 void bind_patchcore(py::module_& m) {
-    m.def("kcenter", &kcenter);
+    m.def("greedy_kcenter", &greedy_kcenter);
     m.def("nearest_neighbors", &nearest_neighbors);
 }
 

@@ -32,8 +32,8 @@ inline Rows product(const T* panel, Rows sum, const Own& own) {
 }
 
 // total[b] += squares of rows r .. r + R - 1 of panels of W x, for the four images of quad q; x is
-// (8 * panels, 4). Meanwhile what follows comes from memory, of which every quad asks for its share:
-// into the second cache, as the first has too few places for lines that are on their way.
+// (8 * panels, 4). Meanwhile what follows comes from memory, of which every quad asks for its
+// share: into the second cache, as the first has too few places for lines that are on their way.
 template <int R, class T>
 inline void add_squares(const T* factor, int r, const float* x, Rows* total, int q, int quads) {
     const T* panel[R];

@@ -72,7 +72,7 @@ void search(const NearestArgs& args, const float* query, float* lower, Best best
 
 }  // namespace
 
-bool nearest(const NearestArgs& args, int64_t begin, int64_t end) {
+bool nearest_neighbors(const NearestArgs& args, int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     const int64_t blocks = (args.n + bound_block - 1) / bound_block;
     const size_t padded_n = size_t(blocks) * bound_block;

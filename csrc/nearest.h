@@ -20,9 +20,9 @@ struct NearestArgs {
 };
 
 // Queries begin..end. Returns false if there is no memory.
-#define SPD_DECLARE_NEAREST(isa)                                       \
-    namespace isa {                                                    \
-    bool nearest(const NearestArgs& args, int64_t begin, int64_t end); \
+#define SPD_DECLARE_NEAREST(isa)                                                 \
+    namespace isa {                                                              \
+    bool nearest_neighbors(const NearestArgs& args, int64_t begin, int64_t end); \
     }
 
 }  // namespace spd

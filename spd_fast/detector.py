@@ -1,5 +1,8 @@
 """What the detectors share: features of a network, the checks around them, and marked files."""
 
+import os
+import shutil
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,11 +24,26 @@ def feature_network(
     or what torch.compile makes of it.
 
     Its batch norms are folded into the convolutions before them: it can only be read.
+
+    Raises:
+        InputError: it is to be compiled for the CPU, and there is no C++ compiler.
     """
+    if compile and device.type == "cpu":
+        _refuse_no_compiler()
     network = FeatureLayers(backbone).eval()
     _fold_batch_norms(network)
     network = network.to(device, memory_format=torch.channels_last)
     return network, torch.compile(network) if compile else network
+
+
+def _refuse_no_compiler() -> None:
+    """torch.compile would say so only when the first images come, in a page of its own words."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise InputError(
+            f"torch.compile needs a C++ compiler, but there is no {compiler}: install one, or name "
+            "yours in the environment variable CXX"
+        )
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

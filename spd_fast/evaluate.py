@@ -123,8 +123,7 @@ def _check(config: EvaluateConfig) -> None:
         raise InputError(
             f"{config.method} learns normal images only: protocol 1cls, got {config.protocol!r}"
         )
-    if config.compat not in (None, "spot-diff"):
-        raise InputError(f"compat is 'spot-diff' or not given, got {config.compat!r}")
+    metrics.check_compat(config.compat)
     data, out = Path(config.data).resolve(), Path(config.out).resolve()
     if out == data or data in out.parents:
         raise InputError(f"the output directory {config.out} lies in the data set {config.data}")

@@ -85,6 +85,15 @@ def image_metrics(scores, labels) -> Metrics:
     return _metrics(_count_all(scores, labels))
 
 
+def check_compat(compat: str | None) -> None:
+    """
+    Raises:
+        InputError: neither "spot-diff" nor None, which `pixel_metrics` takes.
+    """
+    if compat not in (None, "spot-diff"):
+        raise InputError(f"compat is 'spot-diff' or not given, got {compat!r}")
+
+
 def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None = None) -> Metrics:
     """Metrics of score maps (N, H, W), or N maps (H, W) of any sizes, against masks of their sizes.
 
@@ -106,8 +115,7 @@ def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None 
         InputError: no maps, shapes that differ, scores that are not finite, only one class, or a
             second pass that meets other masks than the first.
     """
-    if compat not in (None, "spot-diff"):
-        raise InputError(f"unknown compat {compat!r}, expected None or 'spot-diff'")
+    check_compat(compat)
     found = _find_positives(maps, masks, progress, regions=True)
     thresholds = found.score[:0] if compat is None else _spot_diff_thresholds(found)
     counts, fp = _count(maps, masks, found, thresholds, progress)

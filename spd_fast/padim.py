@@ -83,7 +83,8 @@ class PaDiM:
             first batch of every size then takes minutes.
 
     Raises:
-        InputError: an unknown name, or weights that cannot be had or do not fit the backbone.
+        InputError: an unknown name, weights that cannot be had or do not fit the backbone, or no
+            C++ compiler to compile with.
     """
 
     def __init__(

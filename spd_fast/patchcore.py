@@ -91,8 +91,8 @@ class PatchCore:
         compile: run the network through torch.compile, as for `PaDiM`.
 
     Raises:
-        InputError: an unknown name, a number out of range, or weights that cannot be had or do not
-            fit the backbone.
+        InputError: an unknown name, a number out of range, weights that cannot be had or do not fit
+            the backbone, or no C++ compiler to compile with.
     """
 
     def __init__(

@@ -1,5 +1,8 @@
 """The inputs over which every backend is compared with the reference."""
 
+import ctypes
+import mmap
+
 import torch
 
 from spd_fast import recipes, sample_view_params
@@ -23,6 +26,16 @@ VIEW_CASES = {
     "spd from the image": ([(50, 60)], (56, 56), recipes.simsiam(spd_source="image")),
     "no spd": ([(50, 60), (20, 30)], (40, 40), recipes.simsiam(spd=False)),
 }
+
+
+def guarded_page() -> torch.Tensor:
+    """Bytes of memory before and after which reading ends the process."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, 3 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for guarded in (start, start + 2 * page):
+        assert libc.mprotect(ctypes.c_void_p(guarded), page, 0) == 0  # PROT_NONE
+    return torch.frombuffer(memory, dtype=torch.uint8)[page : 2 * page]
 
 
 def noise_images(sizes, seed=0) -> list[torch.Tensor]:

@@ -1,12 +1,10 @@
-import ctypes
-import mmap
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
-from cases import VIEW_CASES, every_operation_on, noise_images, view_case
+from cases import VIEW_CASES, every_operation_on, guarded_page, noise_images, view_case
 from peers import torchvision_views
 from torch.library import opcheck
 
@@ -91,18 +89,11 @@ def test_views_may_be_made_from_any_other_view():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 def test_nothing_beside_the_image_is_read():
-    PROT_NONE = 0
-    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
-    memory = mmap.mmap(-1, 3 * page)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for guarded in (start, start + 2 * page):
-        assert libc.mprotect(ctypes.c_void_p(guarded), page, PROT_NONE) == 0
-    pages = torch.frombuffer(memory, dtype=torch.uint8)
+    page = guarded_page()
     for height in (1, 2, 3, 5, 8):
         for width in (*range(1, 24), 40):
             n = 3 * height * width
-            for begin in (page, 2 * page - n):  # after the first guarded page, before the last
-                image = pages[begin : begin + n].view(height, width, 3)
+            for image in (page[:n].view(height, width, 3), page[-n:].view(height, width, 3)):
                 image.copy_(noise_images([(height, width)], seed=width)[0])
                 params = neutral(height, width)
                 exact = reference.augment_views([image], params, (7, 9), dtype=torch.float64)

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -97,6 +98,23 @@ def test_evaluate_writes_table_results_and_report(visa, tmp_path, capsys):
     assert board["pixel"]["average_precision"] == pytest.approx(
         average_precision_score(truth, values), abs=1e-3
     )
+
+
+def test_compile_reaches_the_network(visa, tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, images):
+            seen.append(len(images))
+            return self.network(images)
+
+    monkeypatch.setattr(torch, "compile", Watched)
+    evaluate(config(visa, tmp_path, category=("board",), compile=True))
+    assert sum(seen) == 7 + 6  # train and test
 
 
 def test_an_interrupted_evaluation_goes_on(visa, tmp_path, capsys):

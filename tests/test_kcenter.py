@@ -191,7 +191,7 @@ def test_other_threads_run_during_a_selection():
     try:
         thread.start()
         started.set()
-        native.kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), reports.append)
+        native.greedy_kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), reports.append)
         finished.set()
     finally:
         sys.setswitchinterval(switch_interval)
@@ -210,5 +210,5 @@ def test_progress_is_reported_and_may_interrupt():
 
     bounds, picks = torch.zeros(2000, BOUNDS), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        native.kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), report)
+        native.greedy_kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), report)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

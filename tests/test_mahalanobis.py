@@ -1,8 +1,10 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GAUSSIAN_CASES, gaussian_case, random_gaussians
+from cases import GAUSSIAN_CASES, gaussian_case, guarded_page, random_gaussians
 from scipy.spatial.distance import mahalanobis
 from torch.library import opcheck
 
@@ -144,6 +146,33 @@ def test_int8_element_is_off_by_half_a_step_of_its_row(name):
         others = exact - np.diag(np.diag(exact))
         steps = np.abs(others).max(1, keepdims=True) / 127
         assert (np.abs(others - (ours - np.diag(np.diag(ours)))) <= 0.5001 * steps).all()
+
+
+def test_int8_of_empty_huge_and_broken_rows():
+    w = torch.randn(1, 16, 16).tril()
+    w[0, 3] = 0
+    w[0, 5, :6] = 3e38
+    w[0, 9, 2], w[0, 12, 4] = torch.nan, torch.inf
+    rounded = unpack(dequantize(quantize(pack(w))), 16)
+    assert (rounded[0, 3] == 0).all()
+    assert torch.allclose(rounded[0, 5], w[0, 5], rtol=1e-6)
+    assert torch.equal(rounded.isfinite().all(2), w.isfinite().all(2))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("d", [1, 7, 8, 9, 25])
+def test_nothing_beside_the_factor_is_read(d, dtype):
+    page, features = guarded_page(), [torch.randn(5, d, 1, 1)]
+    channels, (mean, factor) = torch.arange(d), random_gaussians(1, d)
+    factor = converted(factor, d, dtype)
+    for batch in (1, 5):
+        images = [f[:batch] for f in features]
+        expected = mahalanobis_map(images, channels, mean, factor)
+        for place in (page[: factor.nbytes], page[-factor.nbytes :]):
+            guarded = place.view(dtype).view(1, -1).copy_(factor)
+            found = mahalanobis_map(images, channels, mean, guarded, backend="native")
+            assert torch.equal(found, expected)
 
 
 def test_int8_map_stays_within_a_percent_on_correlated_features():

@@ -129,6 +129,12 @@ def test_folded_batch_norms_change_nothing(name):
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="needs a C[+][+] compiler, but there is no no-such"):
+        PaDiM(weights="random", n_features=8, compile=True)
+
+
 def test_compiled_network_gives_the_same(monkeypatch):
     # captured as for any backend, but not translated to C++, which takes a minute
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

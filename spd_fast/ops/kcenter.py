@@ -98,7 +98,7 @@ def _kcenter_native(points, k, start, progress) -> Tensor:
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
     margin = slack(largest_norm(bounds))
-    native.kcenter(padded(points).numpy(), bounds.numpy(), margin, picks.numpy(), progress)
+    native.greedy_kcenter(padded(points).numpy(), bounds.numpy(), margin, picks.numpy(), progress)
     progress(k)
     return picks
 
