@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 
 from spd_fast import __version__
@@ -19,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Idle OpenMP threads spin by default and take the cores from the threads that read images.
     # Read once when torch is loaded, which is why it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if _is_zen4():  # there numpy sorts six times as fast with AVX2; read once when it is loaded
+        os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", "X86_V4 AVX512_SKX")  # new, old name
     try:
         return options.run(options) or 0
     except InputError as error:
@@ -29,6 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spd-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _is_zen4(cpuinfo: str = "/proc/cpuinfo") -> bool:
+    try:
+        with open(cpuinfo, encoding="utf-8") as file:
+            text = file.read(4096)  # the first core
+    except OSError:
+        return False
+    family = re.search(r"^cpu family\s*: 25$", text, re.M)  # Zen 3 and 4, of which 4 has AVX-512
+    return "AuthenticAMD" in text and family is not None and " avx512f " in text
 
 
 def _positive(text: str) -> int:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from spd_fast.cli import main
+from spd_fast.cli import _is_zen4, main
 
 
 def run_python(code: str) -> str:
@@ -88,3 +88,16 @@ def test_numbers_out_of_range_are_refused(arguments, capsys):
         main(["evaluate", "--data", "x", "--out", "y", *arguments])
     assert stop.value.code == 2
     assert f"argument {arguments[0]}: must be" in capsys.readouterr().err
+
+
+def test_zen4_is_told_from_others(tmp_path):
+    def of(vendor: str, family: int, flags: str) -> bool:
+        text = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: fpu {flags} svm\n"
+        (tmp_path / "cpuinfo").write_text(text)
+        return _is_zen4(str(tmp_path / "cpuinfo"))
+
+    assert of("AuthenticAMD", 25, "avx2 avx512f avx512dq")
+    assert not of("AuthenticAMD", 25, "avx2")  # Zen 3
+    assert not of("AuthenticAMD", 26, "avx2 avx512f")  # Zen 5
+    assert not of("GenuineIntel", 6, "avx2 avx512f")
+    assert not _is_zen4(str(tmp_path / "nothing"))
