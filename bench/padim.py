@@ -9,13 +9,14 @@ process, except where memory is measured: there every contender is a process of 
 
 Ours starts from the three layers of the network and gathers its channels; anomalib is given its
 embedding, which it has to concatenate and select first. "of read" and "of flops" are shares of what
-torch's sum and matrix product reach in the same run, sum right after each line's own time.
+torch's sum and matrix product reach in the same run, the sum measured right after each line.
 """
 
 import argparse
 import subprocess
 import sys
 import time
+from functools import cache
 
 import torch
 from anomalib.models.components.stats.multi_variate_gaussian import MultiVariateGaussian
@@ -35,10 +36,14 @@ GRID = 64  # of 256 x 256 pixels
 LAYERS = {100: (64, 128, 256), 550: (256, 512, 1024)}  # channels: ResNet-18, (Wide)ResNet-50
 
 
+@cache
+def large() -> torch.Tensor:
+    return on_huge_pages(torch.empty(1 << 27)).fill_(1)
+
+
 def read_bandwidth() -> float:
-    """Bytes / s that torch's sum reaches here and now."""
-    large = torch.ones(1 << 27)
-    return large.numel() * 4 / best(large.sum)
+    """Bytes / s that torch's sum reaches here and now, of memory like a factor's."""
+    return large().nbytes / best(large().sum)
 
 
 def random_layers(d: int, images: int, grid: int = GRID, seed: int = 0) -> list[torch.Tensor]:
@@ -88,6 +93,7 @@ def table_of_scores(d: int, batches: list[int]) -> None:
     print(f"\nd = {d}, {GRID} x {GRID} positions; multiply-add {peak / 1e9:.0f} GFLOP/s")
     print(f"{'':<20}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}{'of read':>9}", end="")
     print(f"{'of flops':>9}{'difference':>12}")
+    bandwidths = []
     for batch in batches:
         layers = random_layers(d, batch, seed=1)
         embedding = reference.embed(layers, channels).contiguous()
@@ -99,13 +105,15 @@ def table_of_scores(d: int, batches: list[int]) -> None:
             difference = ((ours - expected).abs() / expected).max().item()
             assert difference < tolerances[name], f"distances differ by {difference}"
             spent = best(lambda x=layers, w=w: mahalanobis_map(x, channels, mean, w))
-            # Measured anew for each line: on a shared machine it is another one every few seconds.
-            read = w.numel() * w.element_size() / spent / read_bandwidth()
+            # Measured anew for each line: on a shared machine it changes every few seconds.
+            bandwidths.append(read_bandwidth())
+            read = w.nbytes / spent / bandwidths[-1]
             flops = 2 * factor.numel() * batch / spent / peak
             print(
                 f"batch {batch:<3}{name:<11}{1e3 * theirs:>12.1f}{1e3 * spent:>9.1f}"
                 f"{theirs / spent:>7.1f}{read:>9.0%}{flops:>9.0%}{difference:>12.0e}"
             )
+    print(f"read {min(bandwidths) / 1e9:.0f} to {max(bandwidths) / 1e9:.0f} GB/s")
 
 
 def lines_of_fit(d: int, grid: int) -> None:

@@ -44,8 +44,8 @@ __attribute__((always_inline)) inline void fetch(const KCenter& state, int64_t p
         __builtin_prefetch(state.points + point * state.d + c, 0, 2);  // needed later, if at all
 }
 
-// The bits of those picks of a block that may be nearer than the square root of what `limit`
-// widens. The first coordinates, along which points differ most, already rule out most of them.
+// Of the picks of a block whose bits are set, those whose bound is below `limit`. The first
+// coordinates, along which points differ most, already rule out most of the others.
 unsigned candidates(const float* block, const float* bounds, float limit, unsigned bits) {
     constexpr int step = 16;
     static_assert(kcenter_bounds % step == 0);

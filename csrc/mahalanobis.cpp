@@ -10,10 +10,10 @@ namespace {
 
 constexpr int quad = 4;  // images that share what is loaded of the factor
 
-// y[i][b] += panel i * x for columns k .. k + 7 and the panels from number `from` on.
+// y[i][b] += panel i * x for columns first .. first + 7 and the panels from number `from` on.
 template <int from, int R, class T>
-inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int k, const float* x) {
-    for (const int end = k + 8; k < end; ++k) {
+inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int first, const float* x) {
+    for (int k = first; k < first + 8; ++k) {
         Rows column[R];
         for (int i = from; i < R; ++i) column[i] = load_rows(panel[i] + 8 * k);
         for (int b = 0; b < quad; ++b)
@@ -34,13 +34,16 @@ inline Rows product(const T* panel, Rows sum, const Own& own) {
 // total[b] += squares of rows r .. r + R - 1 of panels of W x, for the four images of quad q; x is
 // (8 * panels, 4). Meanwhile what follows comes from memory, of which every quad asks for its
 // share: into the second cache, as the first has too few places for lines that are on their way.
+// The next R panels are longer than these; asking for R + 1 as long covers them, and some of what
+// comes then.
 template <int R, class T>
 inline void add_squares(const T* factor, int r, const float* x, Rows* total, int q, int quads) {
     const T* panel[R];
     for (int i = 0; i < R; ++i) panel[i] = panel_of(factor, r + i);
     const T* next = panel_of(factor, r + R);
-    const auto ask = [&](int k) {
-        constexpr int line = 64 / sizeof(T), ahead = R + 1;  // the next panels are longer
+    // Inlined by force: GCC may leave out calls of a function that only fetches.
+    const auto ask = [&](int k) __attribute__((always_inline)) {
+        constexpr int line = 64 / sizeof(T), ahead = R + 1;
         for (int i = q; i < ahead * 64 / line; i += quads)
             __builtin_prefetch(next + ahead * 8 * k + i * line, 0, 2);
     };
@@ -50,8 +53,14 @@ inline void add_squares(const T* factor, int r, const float* x, Rows* total, int
         ask(k);
         add_columns<0>(y, panel, k, x);
     }
-    if constexpr (R > 1) ask(columns), add_columns<1>(y, panel, columns, x);
-    if constexpr (R > 2) ask(columns + 8), add_columns<2>(y, panel, columns + 8, x);
+    if constexpr (R > 1) {
+        ask(columns);
+        add_columns<1>(y, panel, columns, x);
+    }
+    if constexpr (R > 2) {
+        ask(columns + 8);
+        add_columns<2>(y, panel, columns + 8, x);
+    }
     static_assert(R <= 3);
     for (int b = 0; b < quad; ++b)
         for (int i = 0; i < R; ++i) {

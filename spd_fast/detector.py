@@ -1,6 +1,7 @@
 """What the detectors share: features of a network, the checks around them, and marked files."""
 
 import os
+import shlex
 import shutil
 import sys
 from functools import lru_cache
@@ -24,22 +25,23 @@ def feature_network(
     or what torch.compile makes of it.
 
     Its batch norms are folded into the convolutions before them: it can only be read.
-
-    Raises:
-        InputError: it is to be compiled for the CPU, and there is no C++ compiler.
     """
-    if compile and device.type == "cpu":
-        _refuse_no_compiler()
     network = FeatureLayers(backbone).eval()
     _fold_batch_norms(network)
     network = network.to(device, memory_format=torch.channels_last)
     return network, torch.compile(network) if compile else network
 
 
-def _refuse_no_compiler() -> None:
-    """torch.compile would say so only when the first images come, in a page of its own words."""
+def check_can_compile(device: torch.device) -> None:
+    """Refuse torch.compile for the CPU without a C++ compiler. It would itself say so only when the
+    first images come, in a long traceback.
+    """
+    if device.type != "cpu" or sys.platform == "win32":
+        return
+    if os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):  # it fetches one
+        return
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(compiler):
+    if not shutil.which(shlex.split(compiler)[0]):
         raise InputError(
             f"torch.compile needs a C++ compiler, but there is no {compiler}: install one, or name "
             "yours in the environment variable CXX"

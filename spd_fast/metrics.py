@@ -86,9 +86,10 @@ def image_metrics(scores, labels) -> Metrics:
 
 
 def check_compat(compat: str | None) -> None:
-    """
+    """Refuse a `compat` that `pixel_metrics` does not know.
+
     Raises:
-        InputError: neither "spot-diff" nor None, which `pixel_metrics` takes.
+        InputError: it is neither "spot-diff" nor None.
     """
     if compat not in (None, "spot-diff"):
         raise InputError(f"compat is 'spot-diff' or not given, got {compat!r}")

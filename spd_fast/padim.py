@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spd_fast.detector import (
+    check_can_compile,
     check_image_size,
     feature_network,
     read_layers,
@@ -99,6 +100,8 @@ class PaDiM:
         compile: bool = False,
     ):
         self._configure(backbone, preset, factor_dtype, device)
+        if compile:
+            check_can_compile(self.device)
         module = load_backbone(backbone, weights, seed=seed)
         self.network, self._run = feature_network(module, self.device, compile)
         total = self._count_channels()
@@ -353,8 +356,11 @@ class PaDiM:
         the file (as `save` does) or remove it, but never write into it.
 
         Raises:
-            InputError: the file is missing or is not a saved PaDiM.
+            InputError: the file is missing or is not a saved PaDiM, or there is no C++ compiler to
+                compile with.
         """
+        if compile:
+            check_can_compile(pick_device(device))
         state = read_marked(path, "PaDiM", FORMAT, VERSION, mmap=True)
         model = cls.__new__(cls)
         try:

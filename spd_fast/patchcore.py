@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from spd_fast.detector import (
+    check_can_compile,
     check_image_size,
     feature_network,
     read_layers,
@@ -111,6 +112,8 @@ class PatchCore:
         if not 0 < coreset_ratio <= 1:
             raise InputError(f"coreset_ratio must be above 0 and at most 1, got {coreset_ratio}")
         self.coreset_ratio, self.seed = coreset_ratio, seed
+        if compile:
+            check_can_compile(self.device)
         module = load_backbone(backbone, weights, seed=seed)
         self.network, self._run = feature_network(module, self.device, compile)
 
@@ -267,8 +270,11 @@ class PatchCore:
         """Read what `save` wrote.
 
         Raises:
-            InputError: the file is missing or is not a saved PatchCore.
+            InputError: the file is missing or is not a saved PatchCore, or there is no C++ compiler
+                to compile with.
         """
+        if compile:
+            check_can_compile(pick_device(device))
         state = read_marked(path, "PatchCore", FORMAT, VERSION)
         model = cls.__new__(cls)
         try:

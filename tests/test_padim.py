@@ -129,10 +129,17 @@ def test_folded_batch_norms_change_nothing(name):
         assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
-def test_compiling_without_a_compiler_is_refused(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(InputError, match="needs a C[+][+] compiler, but there is no no-such"):
+def test_compiling_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    model, _ = fitted("paper", n_features=8)
+    model.save(tmp_path / "padim.pt")
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    message = "^torch.compile needs a C[+][+] compiler, but there is no no-such-compiler -m64:"
+    with pytest.raises(InputError, match=message):
         PaDiM(weights="random", n_features=8, compile=True)
+    with pytest.raises(InputError, match=message):
+        PaDiM.load(tmp_path / "padim.pt", compile=True)
+    monkeypatch.setenv("CXX", f"{sys.executable} -m64")  # with flags; anything that can be run
+    PaDiM(weights="random", n_features=8, compile=True)
 
 
 def test_compiled_network_gives_the_same(monkeypatch):

@@ -67,13 +67,11 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
         raise InputError(
             f"expected a fitted anomalib Padim or PadimModel, got {type(model).__name__}"
         )
-    if isinstance(model, FastPadimModel):
-        fast, factor_dtype = model, factor_dtype or model.factor_dtype
-    else:
-        factor_dtype = factor_dtype or "float32"
-        fast = FastPadimModel(model, factor_dtype)
-    if not fast.is_fitted:
+    is_ours = isinstance(model, FastPadimModel)
+    if not (model.is_fitted if is_ours else model.gaussian.inv_covariance.numel()):
         raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
+    factor_dtype = factor_dtype or (model.factor_dtype if is_ours else "float32")
+    fast = model if is_ours else FastPadimModel(model, factor_dtype)
     fast.factor = converted(fast.factor, len(fast.idx), find_dtype(factor_dtype))
     fast.factor_dtype, fast.packed_state = factor_dtype, False
     return fast
@@ -95,8 +93,6 @@ class FastPadimModel(PadimModel):
         nn.Module.__init__(self)  # not PadimModel's, which would make another backbone
         for name, value in vars(padim).items():
             self.__dict__[name] = value.copy() if isinstance(value, dict) else value
-        # Convolutions are faster so, and a position's channels lie together for our scorer.
-        self.feature_extractor.to(memory_format=torch.channels_last)
         gaussian = self._modules.pop("gaussian")
         self.factor_dtype, self.packed_state = factor_dtype, packed_state
         self.running: tuple[int, Tensor, Tensor] | None = None  # count, mean, scatter while fitting
@@ -110,6 +106,8 @@ class FastPadimModel(PadimModel):
         self.radius = len(taps) // 2
         ratio = taps[self.radius] / taps[self.radius + 1]  # exp(1 / (2 sigma^2))
         self.sigma = float((2 * ratio.log()).rsqrt())
+        # Convolutions are faster so on a CPU, and our scorer finds a position's channels together.
+        self.feature_extractor.to(memory_format=torch.channels_last)
 
     @property
     def is_fitted(self) -> bool:
@@ -174,6 +172,13 @@ class FastPadimModel(PadimModel):
         if self.tiler:
             embedding = self.tiler.untile(embedding)
         return [embedding], self.idx.argsort()
+
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict:
+        """As anomalib's, weights in its memory order: safetensors writes no other."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[name] = state[name].contiguous()
+        return state
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

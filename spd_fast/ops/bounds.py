@@ -1,8 +1,8 @@
 """Coordinates from which a lower bound of the distance of two points follows.
 
 They are coordinates along a few orthonormal directions, so no two points are nearer to each other
-than their coordinates are, whatever the directions; along the principal components of the points
-the bound is nearly tight.
+than their coordinates are, whatever the directions. Along the principal components of the points
+the bound is as tight as their share of the variance lets it be.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Axes(NamedTuple):
     """Where coordinates are measured from and along what, in float64."""
 
     origin: Tensor  # (D,)
-    directions: Tensor  # (D, count), orthonormal columns, or zeros past D
+    directions: Tensor  # (D, count), orthonormal columns; those past D are zero
 
 
 def principal_axes(points: Tensor, count: int) -> Axes:
@@ -44,23 +44,23 @@ def coordinates(points: Tensor, axes: Axes) -> Tensor:
     """(N, D) -> (N, count) float32. In float64, so that only the last step rounds."""
     found = points.new_empty(len(points), axes.directions.shape[1], dtype=torch.float32)
     for to, block in zip(found.split(BLOCK), points.split(BLOCK), strict=True):
-        to.copy_(block.double().sub_(axes.origin) @ axes.directions)
+        to.copy_((block.double() - axes.origin) @ axes.directions)
     return found
 
 
-def largest_norm(found: Tensor) -> float:
-    """Of coordinates (N, count): that of the point farthest from the origin."""
-    return float(found.norm(dim=1).amax()) if len(found) else 0.0
+def rounding(points: Tensor, found: Tensor) -> float:
+    """How far rounding can move the coordinates `found` of points (N, D) like the axes' own.
 
-
-def slack(largest: float) -> float:
-    """How much rounding can add to the distance of two points' coordinates.
-
-    A coordinate is off by at most 2^-24 of its size, so all of a point's together by 2^-24 of their
-    norm, and a distance by 2^-23 R, with R the largest norm: 1e-6 R leaves room for what float64
-    rounds before. 1e-18 stands above what underflows in a square.
+    Rounded to float32, all of a point's together are off by at most 2^-24 of their norm. Before,
+    in float64, a sum of D terms is off by at most D 2^-53 |x - o|, and |x - o| is at most 2 sqrt(D)
+    times the largest element. Twice of both, and what stands above an underflow in a square.
     """
-    return 1e-6 * largest + 1e-18
+    if not len(points):
+        return 0.0
+    dim, count = points.shape[1], found.shape[1]
+    largest = float(torch.maximum(*map(torch.abs, points.aminmax())))
+    of_sums = count**0.5 * dim**1.5 * 2.0**-51 * largest
+    return 2.0**-23 * float(found.norm(dim=1).amax()) + of_sums + 1e-18
 
 
 def in_blocks(found: Tensor, size: int = 16) -> Tensor:

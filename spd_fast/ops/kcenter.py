@@ -15,7 +15,7 @@ from spd_fast.ops.backends import (
     reference_backend,
     select,
 )
-from spd_fast.ops.bounds import coordinates, largest_norm, principal_axes, slack
+from spd_fast.ops.bounds import coordinates, principal_axes, rounding
 
 BOUNDS = 64  # kcenter_bounds of csrc/kcenter.h
 
@@ -97,8 +97,8 @@ def _kcenter_native(points, k, start, progress) -> Tensor:
     bounds = coordinates(points, principal_axes(points, BOUNDS))
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
-    margin = slack(largest_norm(bounds))
-    native.greedy_kcenter(padded(points).numpy(), bounds.numpy(), margin, picks.numpy(), progress)
+    slack = 2 * rounding(points, bounds)
+    native.greedy_kcenter(padded(points).numpy(), bounds.numpy(), slack, picks.numpy(), progress)
     progress(k)
     return picks
 

@@ -17,7 +17,7 @@ from spd_fast.ops.backends import (
     select,
     thread_count,
 )
-from spd_fast.ops.bounds import Axes, coordinates, in_blocks, largest_norm, principal_axes, slack
+from spd_fast.ops.bounds import Axes, coordinates, in_blocks, principal_axes, rounding
 from spd_fast.ops.kcenter import check_points, padded
 
 BOUNDS = 32  # coordinates; more of them rule out more items of the bank, but cost more themselves
@@ -30,7 +30,7 @@ class Bank(NamedTuple):
     origin: Tensor  # (D,) float64: `spd_fast.ops.bounds.Axes`
     directions: Tensor  # (D, BOUNDS) float64
     blocks: Tensor  # (N / 16 rounded up, BOUNDS, 16) float32: the points' coordinates
-    largest: float  # norm of these
+    moved: float  # how far rounding can have moved these
 
 
 def prepare_bank(points: Tensor) -> Bank:
@@ -42,7 +42,7 @@ def prepare_bank(points: Tensor) -> Bank:
     check_points("bank", points)
     axes = principal_axes(points, BOUNDS)
     found = coordinates(points, axes)
-    return Bank(padded(points), *axes, in_blocks(found), largest_norm(found))
+    return Bank(padded(points), *axes, in_blocks(found), rounding(points, found))
 
 
 def nearest_neighbors(
@@ -77,7 +77,7 @@ def _nearest_neighbors(
     origin: Tensor,
     directions: Tensor,
     blocks: Tensor,
-    largest: float,
+    moved: float,
     k: int = 1,
     threads: int = 0,
     backend: str | None = None,
@@ -90,7 +90,7 @@ def _nearest_neighbors(
         raise InputError(f"k must be 1..{len(points)}, as the bank has so many points; got {k}")
     if len(queries):
         check_points("queries", queries)
-    bank = Bank(points, origin, directions, blocks, largest)
+    bank = Bank(points, origin, directions, blocks, moved)
     squared, indices = select("nearest_neighbors", backend, queries, bank).function(
         queries, bank, k, threads
     )
@@ -98,7 +98,7 @@ def _nearest_neighbors(
 
 
 @_nearest_neighbors.register_fake
-def _(queries, points, origin, directions, blocks, largest, k=1, threads=0, backend=None):
+def _(queries, points, origin, directions, blocks, moved, k=1, threads=0, backend=None):
     shape = (len(queries), k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
 
@@ -112,7 +112,7 @@ def _nearest_native(queries, bank, k, threads) -> tuple[Tensor, Tensor]:
         bank.points.numpy(),
         found.numpy(),
         bank.blocks.numpy(),
-        slack(max(bank.largest, largest_norm(found))),
+        bank.moved + rounding(queries, found),
         squared.numpy(),
         indices.numpy(),
         thread_count(threads),
