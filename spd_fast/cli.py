@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from importlib.metadata import version
 
 from spd_fast import __version__
 from spd_fast.errors import InputError
@@ -20,8 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Idle OpenMP threads spin by default and take the cores from the threads that read images.
     # Read once when torch is loaded, which is why it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if _is_zen4():  # there numpy sorts six times as fast with AVX2; read once when it is loaded
-        os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", "X86_V4 AVX512_SKX")  # new, old name
+    if _is_zen4() and "NPY_ENABLE_CPU_FEATURES" not in os.environ:  # numpy takes only one of them
+        # numpy sorts six times as fast there with AVX2; it can only be told for all that it does.
+        feature = "X86_V4" if _numpy_version() >= (2, 4) else "AVX512_SKX"
+        os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", feature)
     try:
         return options.run(options) or 0
     except InputError as error:
@@ -42,6 +45,11 @@ def _is_zen4(cpuinfo: str = "/proc/cpuinfo") -> bool:
         return False
     family = re.search(r"^cpu family\s*: 25$", text, re.M)  # Zen 3 and 4, of which 4 has AVX-512
     return "AuthenticAMD" in text and family is not None and " avx512f " in text
+
+
+def _numpy_version() -> tuple[int, int]:
+    major, minor = version("numpy").split(".")[:2]
+    return int(major), int(minor)
 
 
 def _positive(text: str) -> int:
@@ -196,45 +204,61 @@ RECIPES = ("simsiam", "moco", "simclr", "supervised")
 
 def _add_pretrain(commands) -> None:
     parser = _command(commands, "pretrain", _pretrain, "pre-train a backbone")
-    add = parser.add_argument
-    add("--recipe", default="simsiam", choices=("simsiam",))
+
+    def add(*names, **kwargs):
+        """What is not given is left out: then the configuration, then the recipe decides."""
+        parser.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
+
+    add("--config", metavar="FILE", help="settings of an earlier run: its config.yaml")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="default simsiam; it decides what names no default here",
+    )
+    add("--data", nargs="+", help="directories of images, one or more")
+    parser.add_argument("--out", required=True, help="directory of the run")
     add(
         "--spd",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="the SPot-the-Difference regulariser",
+        help="the SPot-the-Difference regulariser; on by default",
     )
-    add("--data", nargs="+", required=True, help="directories of images, one or more")
-    add("--backbone", default="resnet50", help="a torchvision ResNet")
-    add("--size", type=_positive, default=224, help="side of the views, pixels")
-    add("--batch-size", type=_positive, default=512)
-    add("--epochs", type=_positive, default=100)
-    add("--max-steps", type=_positive, help="stop after so many steps; the schedule spans them")
-    add(
-        "--init",
-        default="random",
-        help="weights of the backbone to start from: random, imagenet, or a checkpoint file",
-    )
-    add("--eta", type=float, default=0.1, help="weight of the SPD loss")
+    add("--eta", type=float, help="weight of the SPD loss, default 0.1")
     add(
         "--spd-loss",
-        default="cosine",
         choices=("cosine", "xent"),
         help="formula 2, or the cross-entropy of a classifier that tells negatives from positives",
     )
     add(
         "--spd-source",
-        default="anchor",
         choices=("anchor", "image"),
-        help="make the SPD views from the first strong view, or from the image",
+        help="make the SPD views from the first strong view (default), or from the image",
     )
-    add("--local-aug", default="smoothblend", choices=("smoothblend", "cutpaste"))
-    add("--lr", type=float, default=0.05, help="for a batch of 256; scaled with the batch")
-    add("--workers", type=_positive, default=2, help="threads that read and augment")
-    add("--seed", type=_seed, default=0)
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--local-aug", choices=("smoothblend", "cutpaste"), help="default smoothblend")
+    add("--backbone", help="a torchvision ResNet, default resnet50")
+    add(
+        "--init",
+        help="weights of the backbone to start from: random (default), imagenet, or a file",
+    )
+    add("--size", type=_positive, help="side of the views, pixels, default 224")
+    add("--batch-size", type=_positive)
+    add("--epochs", type=_positive)
+    add("--max-steps", type=_positive, help="stop after so many steps; the schedule spans them")
+    add("--optimizer", choices=("sgd", "lars"))
+    add("--lr", type=float, help="for a batch of 256; scaled with the batch")
+    add("--momentum", type=float)
+    add("--weight-decay", type=float)
+    add("--schedule", choices=("cosine", "steps"))
+    add("--warmup-epochs", type=int)
+    add("--dim", type=_positive, help="of the projections")
+    add("--predictor-dim", type=_positive, help="SimSiam")
+    add("--temperature", type=float, help="MoCo, SimCLR")
+    add("--queue-size", type=_positive, help="MoCo")
+    add("--key-momentum", type=float, help="MoCo")
+    add("--bn-group", type=_positive, help="MoCo: images that batch norm sees together")
+    add("--workers", type=_positive, help="threads that read and augment, default 2")
+    add("--seed", type=_seed)
+    add("--device", help="auto (default), cpu or cuda")
     add("--skip-bad-images", action="store_true", help="replace unreadable images, and list them")
-    add("--out", required=True, help="directory of the run")
     add(
         "--resume",
         nargs="?",
@@ -244,10 +268,15 @@ def _add_pretrain(commands) -> None:
 
 
 def _pretrain(options) -> int:
-    from spd_fast.pretrain import PretrainConfig, pretrain
+    from spd_fast.pretrain import pretrain
+    from spd_fast.pretrain_config import PretrainConfig, read_config
 
-    values = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
-    return pretrain(PretrainConfig(**values))
+    given = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    if "config" in given:
+        given = read_config(given.pop("config")) | given
+    if "data" not in given:
+        raise InputError("pretrain needs --data, or a --config that names it")
+    return pretrain(PretrainConfig(**given))
 
 
 # ----------------------------------------------------------- evaluate, predict, export and report

@@ -9,7 +9,8 @@ from spd_fast.datasets.photos import write_photographs
 from spd_fast.datasets.synthetic import write_synthetic_visa
 from spd_fast.evaluate import EvaluateConfig, evaluate
 from spd_fast.files import make_output_dir
-from spd_fast.pretrain import PretrainConfig, pretrain
+from spd_fast.pretrain import pretrain
+from spd_fast.pretrain_config import PretrainConfig
 from spd_fast.report import format_table, write_report
 
 BACKBONE = "resnet18"

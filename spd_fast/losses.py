@@ -1,4 +1,4 @@
-"""The losses of the paper (formulas 1 to 3) and of SimSiam. All take (N, D) batches of vectors."""
+"""The losses of the paper (formulas 1 to 3), SimSiam, MoCo and SimCLR, of (N, D) vectors."""
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,28 @@ def info_nce(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
     negative = (z @ z.T).masked_fill(own, -torch.inf)
     logits = torch.cat([positive, negative], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long, device=z.device))
+
+
+def moco_loss(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """-log of the softmax share of each query's own key among it and the (K, D) queue, the mean
+    over the batch (He et al. 2020, formula 1).
+
+    Queries and keys are L2-normalised here, the queue holds keys that were.
+    """
+    queries, keys = F.normalize(queries, dim=1), F.normalize(keys, dim=1)
+    positive = (queries * keys).sum(1, keepdim=True)
+    logits = torch.cat([positive, queries @ queue.T], 1) / temperature
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def nt_xent(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
+    """NT-Xent (Chen et al. 2020, formula 1): each of the 2 N vectors against all others, of which
+    the other view of its image is the positive one; the mean over all.
+    """
+    both = F.normalize(torch.cat([z, z_hat]), dim=1)
+    own = torch.eye(len(both), dtype=torch.bool, device=z.device)
+    logits = (both @ both.T / temperature).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(both), device=z.device).roll(len(z)))
 
 
 def spd_loss(z: Tensor, z_neg: Tensor, z_pos: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Networks: torchvision ResNets, SimSiam's heads, and reading weights from wherever they are."""
+"""Backbones: torchvision ResNets, and reading weights from wherever they are."""
 
 from pathlib import Path
 
@@ -172,60 +172,3 @@ class FeatureLayers(nn.Module):
         layer1 = self.layer1(x)
         layer2 = self.layer2(layer1)
         return [layer1, layer2, self.layer3(layer2)]
-
-
-class SimSiam(nn.Module):
-    """Backbone, projector and predictor (Chen & He 2021, section 3 and appendix A).
-
-    Args:
-        backbone: name of a torchvision ResNet.
-        dim: width of the projections.
-        predictor_dim: width of the predictor's bottleneck.
-        spd_classifier: add the linear classifier that SPD with cross-entropy needs.
-    """
-
-    def __init__(
-        self,
-        backbone: str = "resnet50",
-        dim: int = 2048,
-        predictor_dim: int = 512,
-        spd_classifier: bool = False,
-    ):
-        super().__init__()
-        self.backbone = new_backbone(backbone, zero_init_residual=True)
-        width = self.backbone.fc.in_features
-        self.backbone.fc = nn.Identity()
-        self.projector = nn.Sequential(
-            *_hidden(width, width),
-            *_hidden(width, width),
-            nn.Linear(width, dim, bias=False),
-            nn.BatchNorm1d(dim, affine=False),
-        )
-        self.predictor = nn.Sequential(*_hidden(dim, predictor_dim), nn.Linear(predictor_dim, dim))
-        self.spd_classifier = nn.Linear(width, 2) if spd_classifier else None
-
-    def project(self, views: Tensor) -> Tensor:
-        """(N, 3, S, S) -> projections z (N, dim)."""
-        return self.projector(self.backbone(views))
-
-    def tell_apart(self, views: Tensor) -> Tensor:
-        """(N, 3, S, S) -> logits (N, 2) of being an SPD positive, an SPD negative."""
-        return self.spd_classifier(self.backbone(views))
-
-    def forward(self, views: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, S, S) -> predictions p and projections z, both (N, dim)."""
-        z = self.project(views)
-        return self.predictor(z), z
-
-    def parameter_groups(self) -> list[dict]:
-        """For the optimizer: the predictor's rate stays fixed while that of the others decays."""
-        fixed = list(self.predictor.parameters())
-        decaying = [p for name, p in self.named_parameters() if not name.startswith("predictor.")]
-        return [
-            {"params": decaying, "fixed_lr": False},
-            {"params": fixed, "fixed_lr": True},
-        ]
-
-
-def _hidden(n_in: int, n_out: int) -> list[nn.Module]:
-    return [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU(inplace=True)]

@@ -1,12 +1,12 @@
-"""Pre-training: SimSiam with the SPot-the-Difference regulariser (paper section 3.3)."""
+"""Pre-training with the SPot-the-Difference regulariser (paper section 3.3)."""
 
 import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,61 +19,28 @@ from spd_fast.errors import InputError
 from spd_fast.files import make_output_dir, save_state, write_json
 from spd_fast.info import versions
 from spd_fast.loader import Batch, ViewLoader
-from spd_fast.losses import simsiam_loss, spd_cross_entropy, spd_loss
+from spd_fast.losses import spd_cross_entropy, spd_loss
+from spd_fast.methods import Method, MoCo, SimCLR, SimSiam, Supervised
 from spd_fast.models import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_VERSION,
-    SimSiam,
     load_backbone,
     pick_device,
     read_checkpoint,
 )
+from spd_fast.optim import new_optimizer, scheduled_lr
+from spd_fast.pretrain_config import FREE, HEADS, PretrainConfig, resolved, settings, write_config
 from spd_fast.steplog import StepLog
 
-RECIPES = {"simsiam": recipes.simsiam}
-SPD_LOSSES = ("cosine", "xent")
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """What `spd-fast pretrain` takes. The defaults are SimSiam's own, and SPD's eta."""
-
-    data: Sequence[str | Path]  # directories of images
-    out: str | Path
-    recipe: str = "simsiam"
-    spd: bool = True
-    spd_loss: str = "cosine"  # formula 2, or "xent": a classifier tells x_neg from x_pos
-    spd_source: str = "anchor"  # the SPD views come from x, or from the decoded "image"
-    local_aug: str = "smoothblend"  # or "cutpaste"
-    backbone: str = "resnet50"
-    init: str | Path = "random"  # weights to start from, as `load_backbone` takes them
-    size: int = 224  # of the views, pixels
-    batch_size: int = 512
-    epochs: int = 100
-    max_steps: int | None = None  # ends the run early; the schedule then spans these steps
-    eta: float = 0.1  # weight of the SPD loss
-    lr: float = 0.05  # for a batch of 256; scaled with the batch
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    workers: int = 2
-    seed: int = 0
-    device: str = "auto"
-    skip_bad_images: bool = False
-    resume: bool | str | Path | None = False  # True or "auto": from out/last.pt if there; or a file
-
-
-# What decides the losses: a run goes on only with the same. (Of `data`, the files' names decide.)
-FIXED = (
-    *("recipe", "spd", "spd_loss", "spd_source", "local_aug", "backbone", "init", "size"),
-    *("batch_size", "eta", "lr", "momentum", "weight_decay", "seed"),
-)
+METHODS = {"simsiam": SimSiam, "moco": MoCo, "simclr": SimCLR, "supervised": Supervised}
 
 
 def pretrain(config: PretrainConfig) -> int:
     """Pre-train a backbone; what `spd_fast.models.load_backbone` reads is `out/last.pt`.
 
     Writes into `config.out`: last.pt after every epoch, at the end, and on SIGINT or SIGTERM;
-    metrics.jsonl, one line per step; tensorboard/, if that is installed; config.json. A run that
+    metrics.jsonl, one line per step; tensorboard/, if that is installed; config.yaml, from which
+    `spd-fast pretrain --config` does the same again, and run.json, what came of it here. A run that
     goes on from a checkpoint ends on a CPU with the same bits as one that was never interrupted,
     given the same number of torch threads.
 
@@ -84,7 +51,7 @@ def pretrain(config: PretrainConfig) -> int:
         InputError: bad configuration or data; a checkpoint of another run; a loss that is not
             finite (the last checkpoint stays); `out` cannot be written.
     """
-    _check(config)
+    config = resolved(config)
     checkpoint = _find_checkpoint(config)
     run = _new_run(config, load_init=checkpoint is None)
     with _run_directory(config.out) as out:
@@ -92,14 +59,16 @@ def pretrain(config: PretrainConfig) -> int:
             _restore(run, checkpoint)
             if not (out / "last.pt").exists():  # it came from another run's directory
                 save_checkpoint(out / "last.pt", run)
-        resolved = {
+        found = {
             "device": str(run.loader.device),
             "steps": run.steps,
             "initial_lr": run.lr,
             "images": len(run.loader.data),
+            "classes": len(run.loader.data.classes),
             "versions": versions(),
         }
-        write_json(out / "config.json", _settings(config) | resolved)
+        write_config(out / "config.yaml", config)
+        write_json(out / "run.json", found)
         caught = _train(run, out)
     _say_how_it_ended(run, out)
     return 128 + caught[0] if run.step < run.steps else 0
@@ -110,12 +79,16 @@ class Run:
     """All that changes while a run goes on, and how far it goes."""
 
     config: PretrainConfig
-    model: SimSiam
+    model: Method
     optimizer: torch.optim.Optimizer
     loader: ViewLoader
     lr: float  # initial
     steps: int  # of the whole run
     step: int = 0  # done
+
+    def scheduled_lr(self) -> float:
+        warmup = min(self.config.warmup_epochs * len(self.loader), self.steps)
+        return scheduled_lr(self.config.schedule, self.lr, self.step, self.steps, warmup)
 
 
 def _train(run: Run, out: Path) -> list[int]:
@@ -129,9 +102,8 @@ def _train(run: Run, out: Path) -> list[int]:
         while run.step < run.steps:
             batch = next(batches)
             for group in optimizer.param_groups:
-                fixed = group["fixed_lr"]
-                group["lr"] = run.lr if fixed else cosine_lr(run.lr, run.step, run.steps)
-            losses = compute_losses(model, batch.views, run.config.eta)
+                group["lr"] = run.lr if group["fixed_lr"] else run.scheduled_lr()
+            losses = compute_losses(model, batch.views, batch.labels, run.config.eta)
             optimizer.zero_grad()
             losses["loss"].backward()
             optimizer.step()
@@ -150,7 +122,7 @@ def _new_run(config: PretrainConfig, load_init: bool) -> Run:
     device = pick_device(config.device)
     loader = ViewLoader(
         config.data,
-        RECIPES[config.recipe](config.spd, config.local_aug, config.spd_source),
+        getattr(recipes, config.recipe)(config.spd, config.local_aug, config.spd_source),
         config.batch_size,
         size=config.size,
         device=device,
@@ -159,26 +131,35 @@ def _new_run(config: PretrainConfig, load_init: bool) -> Run:
         skip_bad_images=config.skip_bad_images,
     )
     torch.manual_seed(config.seed)
-    model = SimSiam(config.backbone, spd_classifier=config.spd and config.spd_loss == "xent")
+    model = _new_method(config, len(loader.data.classes))
     if load_init and str(config.init) != "random":
-        start = load_backbone(config.backbone, config.init)
-        start.fc = torch.nn.Identity()
-        model.backbone.load_state_dict(start.state_dict())
+        model.start_from(load_backbone(config.backbone, config.init))
     model.to(device, memory_format=torch.channels_last)
     lr = config.lr * config.batch_size / 256
-    optimizer = torch.optim.SGD(
-        model.parameter_groups(), lr, config.momentum, weight_decay=config.weight_decay
-    )
+    optimizer = new_optimizer(config.optimizer, model, lr, config.momentum, config.weight_decay)
     steps = min(config.epochs * len(loader), config.max_steps or math.inf)
     return Run(config, model, optimizer, loader, lr, steps)
 
 
-def compute_losses(model: SimSiam, views: Tensor, eta: float) -> dict[str, Tensor]:
-    """Formula 3 and its parts. Each view is a pass of its own: batch norm sees one kind of view.
+def _new_method(config: PretrainConfig, classes: int) -> Method:
+    heads = {name: getattr(config, name) for name in HEADS if getattr(config, name) is not None}
+    if config.recipe == "supervised":
+        if classes < 2:
+            raise InputError(
+                "supervised needs images of at least two classes, a folder each, got one"
+            )
+        heads["classes"] = classes
+    with_classifier = config.spd and config.spd_loss == "xent"
+    return METHODS[config.recipe](config.backbone, spd_classifier=with_classifier, **heads)
+
+
+def compute_losses(model: Method, views: Tensor, labels: Tensor, eta: float) -> dict[str, Tensor]:
+    """Formula 3 and its parts.
 
     Args:
-        model: encoder and heads.
-        views: (V, N, 3, S, S): x, x_hat and, with SPD, x_pos, x_neg.
+        model: backbone and heads.
+        views: (V, N, 3, S, S): the method's own and, with SPD, x_pos, x_neg.
+        labels: (N,) int64, classes; only `Supervised` reads them.
         eta: weight of the SPD loss.
 
     Returns:
@@ -186,51 +167,19 @@ def compute_losses(model: SimSiam, views: Tensor, eta: float) -> dict[str, Tenso
         deviation of the normalised projections of x: about 1 / sqrt(D) if they spread over the
         sphere, 0 if they have collapsed to one point.
     """
-    (p, z), (p_hat, z_hat) = model(views[0]), model(views[1])
-    ssl = simsiam_loss(p, p_hat, z, z_hat)
+    ssl, z = model.loss(views, labels)
     losses = {"loss": ssl, "loss_ssl": ssl}
-    if len(views) == 4:
-        losses["loss_spd"] = _spd_loss(model, z, x_pos=views[2], x_neg=views[3])
+    if len(views) == model.strong_views + 2:
+        losses["loss_spd"] = _spd_loss(model, z, x_pos=views[-2], x_neg=views[-1])
         losses["loss"] = ssl + eta * losses["loss_spd"]
     losses["z_std"] = F.normalize(z.detach(), dim=1).std(dim=0).mean()
     return losses
 
 
-def _spd_loss(model: SimSiam, z: Tensor, x_pos: Tensor, x_neg: Tensor) -> Tensor:
+def _spd_loss(model: Method, z: Tensor, x_pos: Tensor, x_neg: Tensor) -> Tensor:
     if model.spd_classifier is None:
         return spd_loss(z, z_pos=model.project(x_pos), z_neg=model.project(x_neg))
     return spd_cross_entropy(logits_pos=model.tell_apart(x_pos), logits_neg=model.tell_apart(x_neg))
-
-
-def cosine_lr(initial: float, step: int, steps: int) -> float:
-    """From `initial` at step 0 to 0 at `steps`, along half a cosine."""
-    return initial * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def _check(config: PretrainConfig) -> None:
-    if config.recipe not in RECIPES:
-        raise InputError(f"recipe {config.recipe!r} is not there; available: {', '.join(RECIPES)}")
-    if config.spd_loss not in SPD_LOSSES:
-        raise InputError(f"spd_loss is one of {SPD_LOSSES}, got {config.spd_loss!r}")
-    for name in ("lr", "eta", "momentum", "weight_decay"):
-        value = getattr(config, name)
-        if not math.isfinite(value) or value < 0 or (name == "lr" and value == 0):
-            raise InputError(f"{name} must be a finite positive number, got {value}")
-    if config.batch_size < 2:
-        raise InputError(f"batch_size must be at least 2 for batch norm, got {config.batch_size}")
-    for name in ("epochs", "max_steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-
-
-def _settings(config: PretrainConfig) -> dict:
-    """The configuration as plain values; whether it was resumed is no part of a run."""
-    data = [config.data] if isinstance(config.data, str | Path) else config.data
-    settings = asdict(config) | {"data": [str(path) for path in data]}
-    settings |= {"out": str(config.out), "init": str(config.init)}
-    del settings["resume"]
-    return settings
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -252,7 +201,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
         "backbone": run.model.backbone.state_dict(),  # its tensors are in the file only once
-        "config": _settings(run.config),
+        "config": settings(run.config),
         "step": run.step,
         "steps": run.steps,
         "model": run.model.state_dict(),
@@ -276,12 +225,12 @@ def _find_checkpoint(config: PretrainConfig) -> dict | None:
     if not config.resume:
         return None
     state = read_checkpoint(path)
-    own = _settings(config)
-    for name in FIXED:
-        if own[name] != state["config"].get(name):
+    own, others = settings(config), state["config"]
+    for name in sorted((own.keys() | others.keys()).difference(FREE)):
+        if own.get(name) != others.get(name):
             raise InputError(
-                f"{path} cannot be resumed: it was made with {name} {state['config'].get(name)!r}, "
-                f"but {name} is now {own[name]!r}"
+                f"{path} cannot be resumed: it was made with {name} {others.get(name)!r}, but "
+                f"{name} is now {own.get(name)!r}"
             )
     return state | {"path": path}
 
@@ -320,7 +269,7 @@ def _run_directory(path: str | Path) -> Iterator[Path]:
     except BaseException:
         log = out / "metrics.jsonl"
         if not log.exists() or log.stat().st_size == 0:
-            for name in ("config.json", "metrics.jsonl"):
+            for name in ("config.yaml", "run.json", "metrics.jsonl"):
                 if out / name not in before:
                     (out / name).unlink(missing_ok=True)
             if out / "tensorboard" not in before:

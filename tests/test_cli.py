@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -101,3 +102,22 @@ def test_zen4_is_told_from_others(tmp_path):
     assert not of("AuthenticAMD", 26, "avx2 avx512f")  # Zen 5
     assert not of("GenuineIntel", 6, "avx2 avx512f")
     assert not _is_zen4(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, ("X86_V4", "AVX512_SKX")), ({"NPY_ENABLE_CPU_FEATURES": ""}, (None,))],
+)
+def test_numpy_is_told_before_it_is_loaded(given, expected):
+    """And not if the user tells it something, as it takes only one of the variables."""
+    code = (
+        "import os, sys, spd_fast.cli as cli\n"
+        "assert 'numpy' not in sys.modules\n"
+        "cli._is_zen4 = lambda: True\n"
+        "assert cli.main(['info']) == 0\n"
+        "print(os.environ.get('NPY_DISABLE_CPU_FEATURES'))\n"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("NPY_")} | given
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] in map(str, expected)

@@ -1,11 +1,19 @@
 import numpy as np
 import pytest
 import torch
-from lightly.loss import NegativeCosineSimilarity
+from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import log_loss
 
-from spd_fast.losses import cosine, info_nce, simsiam_loss, spd_cross_entropy, spd_loss
+from spd_fast.losses import (
+    cosine,
+    info_nce,
+    moco_loss,
+    nt_xent,
+    simsiam_loss,
+    spd_cross_entropy,
+    spd_loss,
+)
 
 
 def vectors(count: int, n: int = 6, d: int = 5, seed: int = 0) -> list[torch.Tensor]:
@@ -52,6 +60,35 @@ def test_info_nce_is_formula_1(n):
 def test_info_nce_gradient():
     z, z_hat = (t.requires_grad_() for t in vectors(2, n=4))
     assert torch.autograd.gradcheck(lambda a, b: info_nce(a, b, 0.5), (z, z_hat))
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_nt_xent_equals_lightly(n):
+    z, z_hat = vectors(2, n=n)
+    expected = NTXentLoss(temperature=0.1)(z, z_hat)
+    torch.testing.assert_close(nt_xent(3 * z, z_hat / 7, 0.1), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nt_xent_by_hand():
+    """Two images; the views of each are equal, those of different ones orthogonal."""
+    z = torch.eye(2, dtype=torch.float64)
+    expected = -np.log(np.e**2 / (np.e**2 + 2))  # temperature 1/2, two negatives at 0
+    assert nt_xent(z, z, 0.5).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_moco_equals_lightly():
+    queries, keys = vectors(2)
+    queue = torch.nn.functional.normalize(vectors(1, n=20, seed=1)[0], dim=1)
+    criterion = NTXentLoss(temperature=0.2, memory_bank_size=(20, 5))
+    criterion.memory_bank.bank = queue.clone()
+    expected = criterion(queries, keys)
+    torch.testing.assert_close(moco_loss(3 * queries, keys / 7, queue, 0.2), expected)
+
+
+def test_contrastive_gradients():
+    z, z_hat, queue = (t.requires_grad_() for t in vectors(3, n=4))
+    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.5), (z, z_hat))
+    assert torch.autograd.gradcheck(lambda *v: moco_loss(*v, 0.5), (z, z_hat, queue))
 
 
 def test_spd_by_hand():

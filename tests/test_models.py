@@ -1,6 +1,5 @@
 import pytest
 import torch
-from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
 from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -10,7 +9,6 @@ from spd_fast.models import (
     CHECKPOINT_VERSION,
     WEIGHTS_FILE,
     FeatureLayers,
-    SimSiam,
     load_backbone,
     new_backbone,
     pick_device,
@@ -187,58 +185,3 @@ def test_pick_device():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="GPU"):
             pick_device("cuda")
-
-
-# --------------------------------------------------------------------------------------- SimSiam
-
-
-def test_heads_equal_lightlys():
-    """Official sizes for ResNet-50: 2048-2048-2048 and 2048-512-2048."""
-    model = SimSiam("resnet50")
-    theirs = {
-        "projector": SimSiamProjectionHead(2048, 2048, 2048),
-        "predictor": SimSiamPredictionHead(2048, 512, 2048),
-    }
-    for name, head in theirs.items():
-        ours = getattr(model, name)
-        head.layers.load_state_dict(ours.state_dict())  # strict: the same layers, the same sizes
-        x = torch.randn(8, 2048, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(ours(x), head(x), rtol=1e-6, atol=1e-6)
-    assert [m.bias is None for m in model.projector if isinstance(m, torch.nn.Linear)] == [True] * 3
-    assert model.projector[-1].affine is False
-    assert [m.bias is None for m in model.predictor if isinstance(m, torch.nn.Linear)] == [
-        True,
-        False,
-    ]
-
-
-def test_hidden_width_is_that_of_the_features():
-    sizes = [tuple(p.shape) for p in SimSiam("resnet18", 64, 16).projector.parameters()]
-    assert sizes == [(512, 512), (512,), (512,), (512, 512), (512,), (512,), (64, 512)]
-
-
-def test_residual_branches_start_at_zero():
-    model = SimSiam("resnet18", 32, 8)
-    for block in (*model.backbone.layer1, *model.backbone.layer4):
-        assert not block.bn2.weight.any()
-    assert new_backbone("resnet18").layer1[0].bn2.weight.all()
-
-
-def test_projections_and_predictions():
-    model = SimSiam("resnet18", 32, 8)
-    p, z = model(images(16))
-    assert p.shape == z.shape == (16, 32)
-    # the last batch norm has no scale and shift: every dimension has mean 0 and deviation 1
-    torch.testing.assert_close(z.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
-    torch.testing.assert_close(z.std(0, correction=0), torch.ones(32), atol=1e-2, rtol=0)
-    model.eval()
-    torch.testing.assert_close(model(images())[0], model.predictor(model.project(images())))
-
-
-def test_parameter_groups_hold_every_parameter_once():
-    model = SimSiam("resnet18", 32, 8)
-    groups = {g["fixed_lr"]: set(g["params"]) for g in model.parameter_groups()}
-    assert groups[True] == set(model.predictor.parameters())
-    assert groups[False] | groups[True] == set(model.parameters())
-    assert not groups[False] & groups[True]
-    assert sum(len(g["params"]) for g in model.parameter_groups()) == len(set(model.parameters()))

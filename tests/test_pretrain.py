@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,11 @@ from spd_fast import pretrain as module
 from spd_fast import recipes
 from spd_fast.errors import InputError
 from spd_fast.loader import ViewLoader
-from spd_fast.models import SimSiam, load_backbone, read_checkpoint
-from spd_fast.pretrain import PretrainConfig, Run, cosine_lr, pretrain, save_checkpoint
+from spd_fast.methods import SimSiam
+from spd_fast.models import load_backbone, read_checkpoint
+from spd_fast.optim import new_optimizer, scheduled_lr
+from spd_fast.pretrain import Run, pretrain, save_checkpoint
+from spd_fast.pretrain_config import PretrainConfig, read_config, resolved
 
 LOSSES = ("step", "epoch", "loss", "loss_ssl", "loss_spd", "z_std", "lr")
 
@@ -31,11 +33,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def narrow_heads(monkeypatch):
-    monkeypatch.setattr(module, "SimSiam", partial(SimSiam, dim=64, predictor_dim=16))
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +46,24 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def two_classes(data, tmp_path_factory) -> Path:
+    """The images again, half of them without red, half without blue."""
+    root = tmp_path_factory.mktemp("classes")
+    for i, path in enumerate(sorted(data.iterdir())):
+        pixels = np.array(Image.open(path))
+        pixels[:, :, 2 * (i % 2)] = 0
+        folder = root / ("no_red", "no_blue")[i % 2]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / path.name)
+    return root
+
+
 def config(data, out, **kwargs) -> PretrainConfig:
     """3 steps per epoch."""
     tiny = {"backbone": "resnet18", "size": 32, "batch_size": 8, "epochs": 3, "seed": 7}
-    return PretrainConfig([str(data)], str(out), **tiny | kwargs)
+    heads = {"dim": 64, "predictor_dim": 16} if kwargs.get("recipe", "simsiam") == "simsiam" else {}
+    return PretrainConfig([str(data)], str(out), **tiny | heads | kwargs)
 
 
 def trace(out: Path) -> list[dict]:
@@ -129,7 +140,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
         assert torch.equal(ended["model"][name], value), name
 
 
-def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path, monkeypatch, narrow_heads, capsys):
+def test_ctrl_c_finishes_the_step_and_saves(data, tmp_path, monkeypatch, capsys):
     handler = signal.getsignal(signal.SIGINT)
     signal_at(2, signal.SIGINT, monkeypatch)
     assert pretrain(config(data, tmp_path)) == 130
@@ -145,7 +156,7 @@ def test_a_finished_run_is_left_as_it_is(data, uninterrupted):
     assert ((uninterrupted / "last.pt").stat().st_mtime_ns, trace(uninterrupted)) == before
 
 
-def test_resume_without_a_checkpoint_starts_anew(data, tmp_path, narrow_heads):
+def test_resume_without_a_checkpoint_starts_anew(data, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 5}\n')
     assert pretrain(config(data, tmp_path, resume="auto", max_steps=1)) == 0
     assert len(trace(tmp_path)) == 1 and trace(tmp_path)[0]["loss"] != 5
@@ -172,9 +183,9 @@ def test_a_schedule_of_another_length_is_refused(data, uninterrupted):
             pretrain(config(data, uninterrupted, resume=True, **change))
 
 
-def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, narrow_heads, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
     """The loss of the last step is still finite; its update is not."""
-    monkeypatch.setattr("spd_fast.pretrain.cosine_lr", lambda *_: float("inf"))
+    monkeypatch.setattr(module, "scheduled_lr", lambda *_: float("inf"))
     with pytest.raises(InputError, match="weights .* are not finite"):
         pretrain(config(data, tmp_path, max_steps=1))
     assert not (tmp_path / "last.pt").exists()
@@ -220,10 +231,11 @@ def test_the_trace_equals_a_plain_loop(data, uninterrupted):
     from lightly.models.modules.heads import SimSiamPredictionHead, SimSiamProjectionHead
 
     torch.manual_seed(7)
-    ours = SimSiam("resnet18")
+    ours = SimSiam("resnet18", 64, 16)
     encoder = torchvision.models.resnet18()
     encoder.fc = torch.nn.Identity()
-    projector, predictor = SimSiamProjectionHead(512, 512), SimSiamPredictionHead()
+    projector = SimSiamProjectionHead(512, 512, 64)
+    predictor = SimSiamPredictionHead(64, 16, 64)
     encoder.load_state_dict(ours.backbone.state_dict())
     projector.layers.load_state_dict(ours.projector.state_dict())
     predictor.layers.load_state_dict(ours.predictor.state_dict())
@@ -255,12 +267,12 @@ def test_the_trace_equals_a_plain_loop(data, uninterrupted):
         schedule.step()
     assert [line["epoch"] for line in trace(uninterrupted)] == [0] * 3 + [1] * 3 + [2] * 3
     groups = read_checkpoint(uninterrupted / "last.pt")["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [cosine_lr(rate, 8, 9), rate]
+    assert [group["lr"] for group in groups] == [scheduled_lr("cosine", rate, 8, 9), rate]
 
 
 def test_the_backbone_can_be_loaded(uninterrupted):
     checkpoint = read_checkpoint(uninterrupted / "last.pt")
-    model = SimSiam("resnet18")
+    model = SimSiam("resnet18", 64, 16)
     model.load_state_dict(checkpoint["model"])
     loaded = load_backbone("resnet18", uninterrupted / "last.pt")
     for name, value in model.backbone.state_dict().items():
@@ -277,7 +289,7 @@ def test_cross_entropy_spd_equals_a_plain_loop(data, tmp_path):
     """Two steps, with the logits and their cross-entropy written out."""
     assert pretrain(config(data, tmp_path, spd_loss="xent", max_steps=2)) == 0
     torch.manual_seed(7)
-    model = SimSiam("resnet18", spd_classifier=True)
+    model = SimSiam("resnet18", 64, 16, spd_classifier=True)
     classifier = torch.nn.Linear(512, 2)
     classifier.load_state_dict(model.spd_classifier.state_dict())
     learning = [*model.backbone.parameters(), *model.projector.parameters()]
@@ -286,7 +298,8 @@ def test_cross_entropy_spd_equals_a_plain_loop(data, tmp_path):
     optimizers = [torch.optim.SGD(group, rate, 0.9, weight_decay=1e-4) for group in groups]
     batches = ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7)
     for batch, line in zip(batches, trace(tmp_path)):
-        (p, z), (p_hat, z_hat) = model(batch.views[0]), model(batch.views[1])
+        z, z_hat = model.project(batch.views[0]), model.project(batch.views[1])
+        p, p_hat = model.predictor(z), model.predictor(z_hat)
         ssl = -cosine_similarity(p, z_hat.detach()) / 2 - cosine_similarity(p_hat, z.detach()) / 2
         of_pos, of_neg = (classifier(model.backbone(view)).softmax(1) for view in batch.views[2:])
         xent = -(of_pos[:, 0].log().mean() + of_neg[:, 1].log().mean()) / 2
@@ -304,7 +317,7 @@ def test_cross_entropy_spd_equals_a_plain_loop(data, tmp_path):
     load_backbone("resnet18", tmp_path / "last.pt")  # the classifier is no part of it
 
 
-def test_a_run_starts_from_given_weights(data, uninterrupted, tmp_path, narrow_heads):
+def test_a_run_starts_from_given_weights(data, uninterrupted, tmp_path):
     """At a rate of almost zero the backbone stays where it started."""
     start = uninterrupted / "last.pt"
     quiet = config(data, tmp_path / "run", init=start, lr=1e-30, max_steps=2, weight_decay=0.0)
@@ -319,7 +332,7 @@ def test_a_run_starts_from_given_weights(data, uninterrupted, tmp_path, narrow_h
         pretrain(config(data, tmp_path / "other", init=start, backbone="resnet34"))
 
 
-def test_the_first_weights_are_needed_only_once(data, tmp_path, narrow_heads, monkeypatch):
+def test_the_first_weights_are_needed_only_once(data, tmp_path, monkeypatch):
     start = tmp_path / "start.pt"
     torch.save(torchvision.models.resnet18().state_dict(), start)
     started = config(data, tmp_path / "run", init=start)
@@ -329,14 +342,58 @@ def test_the_first_weights_are_needed_only_once(data, tmp_path, narrow_heads, mo
     assert pretrain(replace(started, resume=True)) == 0
 
 
-def test_the_source_of_the_spd_views(data, tmp_path, narrow_heads):
+def test_the_source_of_the_spd_views(data, tmp_path):
     for source in ("anchor", "image"):
         assert pretrain(config(data, tmp_path / source, spd_source=source, max_steps=1)) == 0
     anchor, image = (trace(tmp_path / source)[0] for source in ("anchor", "image"))
     assert anchor["loss_ssl"] == image["loss_ssl"] and anchor["loss_spd"] != image["loss_spd"]
 
 
-def test_without_spd_and_with_few_steps(data, tmp_path, narrow_heads):
+OTHERS = {
+    "moco": {"dim": 16, "queue_size": 16, "bn_group": 4},
+    "simclr": {"dim": 16, "warmup_epochs": 1},
+    "supervised": {},
+}
+
+
+@pytest.mark.parametrize("recipe", OTHERS)
+def test_every_recipe_goes_on_with_the_same_bits(recipe, two_classes, tmp_path, monkeypatch):
+    def run(out, **kwargs):
+        return pretrain(config(two_classes, out, recipe=recipe, **OTHERS[recipe] | kwargs))
+
+    assert run(tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        signal_at(5, signal.SIGTERM, patch)
+        assert run(tmp_path / "parts") == 143
+    assert run(tmp_path / "parts", resume=True) == 0
+    lines = trace(tmp_path / "whole")
+    assert trace(tmp_path / "parts") == lines and len(lines) == 9
+    ended, expected = (read_checkpoint(tmp_path / n / "last.pt") for n in ("parts", "whole"))
+    for name, value in expected["model"].items():
+        assert torch.equal(ended["model"][name], value), name
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss_ssl"] + 0.1 * line["loss_spd"], abs=1e-6)
+    load_backbone("resnet18", tmp_path / "whole" / "last.pt")
+    # the run again, from nothing but its own file
+    again = read_config(tmp_path / "parts" / "config.yaml") | {"out": str(tmp_path / "again")}
+    assert pretrain(PretrainConfig(**again)) == 0
+    assert trace(tmp_path / "again") == lines
+
+
+def test_supervised_learns_two_classes(two_classes, tmp_path):
+    """Each class has a colour of its own."""
+    rates = {"lr": 0.4, "epochs": 8, "spd": False}
+    assert pretrain(config(two_classes, tmp_path, recipe="supervised", **rates)) == 0
+    losses = [line["loss_ssl"] for line in trace(tmp_path)]
+    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
+
+
+def test_supervised_needs_classes(data, tmp_path):
+    with pytest.raises(InputError, match="at least two classes"):
+        pretrain(config(data, tmp_path / "run", recipe="supervised"))
+
+
+def test_without_spd_and_with_few_steps(data, tmp_path):
     assert pretrain(config(data, tmp_path, spd=False, max_steps=4)) == 0
     lines = trace(tmp_path)
     assert len(lines) == 4
@@ -344,9 +401,9 @@ def test_without_spd_and_with_few_steps(data, tmp_path, narrow_heads):
         assert "loss_spd" not in line and line["loss"] == line["loss_ssl"]
         # the schedule spans the steps of the shortened run
         assert line["lr"] == pytest.approx(0.05 / 32 * (1 + np.cos(np.pi * step / 4)) / 2)
-    resolved = json.loads((tmp_path / "config.json").read_text())
-    assert resolved["steps"] == 4 and resolved["images"] == 24 and resolved["lr"] == 0.05
-    assert resolved["initial_lr"] == 0.05 / 32
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["steps"] == 4 and found["images"] == 24 and found["initial_lr"] == 0.05 / 32
+    assert read_config(tmp_path / "config.yaml")["lr"] == 0.05
 
 
 def test_tensorboard_has_the_same_numbers(uninterrupted):
@@ -358,7 +415,7 @@ def test_tensorboard_has_the_same_numbers(uninterrupted):
         assert values == [(d["step"], np.float32(d[name])) for d in trace(uninterrupted)]
 
 
-def test_tensorboard_is_optional(data, tmp_path, monkeypatch, narrow_heads, capsys):
+def test_tensorboard_is_optional(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert pretrain(config(data, tmp_path, max_steps=1)) == 0
     assert "tensorboard is not installed" in capsys.readouterr().out
@@ -369,7 +426,7 @@ def test_tensorboard_is_optional(data, tmp_path, monkeypatch, narrow_heads, caps
 
 
 @pytest.mark.parametrize("step", [5, 6])  # 6 ends an epoch: it would be saved
-def test_a_loss_that_is_not_finite_stops_the_run(step, data, tmp_path, monkeypatch, narrow_heads):
+def test_a_loss_that_is_not_finite_stops_the_run(step, data, tmp_path, monkeypatch):
     compute, calls = module.compute_losses, []
 
     def compute_losses(*args):
@@ -391,10 +448,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(step, data, tmp_path, monkeypat
 
 def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     model = SimSiam("resnet18", 64, 16)
-    optimizer = torch.optim.SGD(model.parameter_groups(), 0.1)
+    optimizer = new_optimizer("sgd", model, 0.1, 0.9, 0)
     loader = ViewLoader(data, recipes.simsiam(), 8)
     path = tmp_path / "last.pt"
-    run = Run(config(data, tmp_path), model, optimizer, loader, lr=0.1, steps=9, step=1)
+    run = Run(resolved(config(data, tmp_path)), model, optimizer, loader, lr=0.1, steps=9, step=1)
     save_checkpoint(path, run)
     run.step = 2
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -408,7 +465,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_bad_images(data, tmp_path, narrow_heads, capsys):
+def test_bad_images(data, tmp_path, capsys):
     root = tmp_path / "data"
     root.mkdir()
     for path in data.iterdir():
@@ -427,10 +484,14 @@ def test_bad_images(data, tmp_path, narrow_heads, capsys):
 def test_wrong_configurations_leave_nothing_behind(data, tmp_path):
     good = config(data, tmp_path / "run")
     for wrong, message in (
-        ({"recipe": "byol"}, "recipe 'byol' is not there; available: simsiam"),
+        ({"recipe": "byol"}, "recipe 'byol' is not there; available: simsiam, moco"),
         ({"batch_size": 1}, "batch_size must be at least 2"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"optimizer": "adam"}, "optimizer is one of .*'adam'"),
+        ({"schedule": "flat"}, "schedule is one of .*'flat'"),
+        ({"warmup_epochs": -1}, "warmup_epochs must not be negative, got -1"),
+        ({"temperature": 0.1}, "the recipe simsiam has no temperature"),
         ({"lr": -1.0}, "lr must be a finite positive number, got -1.0"),
         ({"eta": float("nan")}, "eta must be a finite positive number"),
         ({"batch_size": 32}, "a batch needs 32 images, but the data has only 24"),

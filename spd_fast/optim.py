@@ -1,0 +1,85 @@
+"""What the recipes of pre-training optimise with: LARS, groups of parameters, schedules."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from spd_fast.methods import Method
+
+OPTIMIZERS = ("sgd", "lars")
+SCHEDULES = ("cosine", "steps")
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum and a rate per tensor, as SimCLR's own code has it (You et al. 2017).
+
+    With g the gradient and weight decay, v = momentum * v + lr * trust * |w| / |g| * g, w -= v. The
+    rate stands inside the momentum. Vectors, that is biases and batch norms, are neither decayed
+    nor scaled.
+
+    Args:
+        params: as for any optimizer.
+        lr: rate.
+        momentum: of v.
+        weight_decay: added to the gradient, times w.
+        trust: eta of the paper.
+    """
+
+    def __init__(
+        self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0, trust: float = 1e-3
+    ):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, group)
+        return loss
+
+    def _move(self, p: Tensor, group: dict) -> None:
+        update = p.grad
+        if p.ndim > 1:
+            update = update.add(p, alpha=group["weight_decay"])
+            size, length = p.norm(), update.norm()
+            ratio = group["trust"] * size / length
+            update = update * torch.where((size > 0) & (length > 0), ratio, 1.0)
+        state = self.state[p]
+        if "v" not in state:
+            state["v"] = torch.zeros_like(p)
+        state["v"].mul_(group["momentum"]).add_(update, alpha=group["lr"])
+        p.sub_(state["v"])
+
+
+def new_optimizer(
+    name: str, method: Method, lr: float, momentum: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Over all parameters that learn; the schedule leaves groups with "fixed_lr" alone."""
+    fixed = method.with_fixed_rate()
+    apart = {id(p) for p in fixed}
+    learning = [p for p in method.parameters() if p.requires_grad and id(p) not in apart]
+    groups = [{"params": learning, "fixed_lr": False}]
+    if fixed:
+        groups.append({"params": fixed, "fixed_lr": True})
+    cls = {"sgd": torch.optim.SGD, "lars": LARS}[name]
+    return cls(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def scheduled_lr(schedule: str, initial: float, step: int, steps: int, warmup: int = 0) -> float:
+    """The rate of step 0 .. steps - 1.
+
+    Over the first `warmup` steps it rises linearly from 0. "cosine" then falls to 0 along half a
+    cosine; "steps" is a tenth after each third of all steps.
+    """
+    if step < warmup:
+        return initial * step / warmup
+    if schedule == "steps":
+        return initial * 0.1 ** (3 * step // steps)
+    return initial * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

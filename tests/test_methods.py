@@ -1,0 +1,155 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.models.modules.heads import (
+    MoCoProjectionHead,
+    SimCLRProjectionHead,
+    SimSiamPredictionHead,
+    SimSiamProjectionHead,
+)
+from lightly.models.utils import update_momentum
+
+from spd_fast.losses import moco_loss, nt_xent, simsiam_loss
+from spd_fast.methods import MoCo, SimCLR, SimSiam, Supervised
+from spd_fast.models import new_backbone
+
+LABELS = torch.arange(8) % 3
+
+
+def views(count: int, n: int = 8, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, n, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def small_moco(**kwargs) -> MoCo:
+    torch.manual_seed(0)
+    return MoCo("resnet18", dim=16, queue_size=20, **{"bn_group": 4} | kwargs)
+
+
+# ------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (lambda: SimSiam().projector, lambda: SimSiamProjectionHead(2048, 2048, 2048)),
+        (lambda: SimSiam().predictor, lambda: SimSiamPredictionHead(2048, 512, 2048)),
+        (lambda: MoCo(queue_size=8).projector, lambda: MoCoProjectionHead(2048, 2048, 128)),
+        (lambda: SimCLR().projector, lambda: SimCLRProjectionHead(2048, 2048, 128, num_layers=3)),
+    ],
+    ids=["SimSiam's projector", "SimSiam's predictor", "MoCo", "SimCLR"],
+)
+def test_heads_equal_lightlys(ours, theirs):
+    """Official sizes for ResNet-50."""
+    ours, theirs = ours(), theirs()
+    theirs.layers.load_state_dict(ours.state_dict())  # strict: the same layers, the same sizes
+    x = torch.randn(8, 2048, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
+
+
+def test_hidden_width_is_that_of_the_features():
+    sizes = [tuple(p.shape) for p in SimSiam("resnet18", 64, 16).projector.parameters()]
+    assert sizes == [(512, 512), (512,), (512,), (512, 512), (512,), (512,), (64, 512)]
+
+
+def test_residual_branches_of_simsiam_start_at_zero():
+    model = SimSiam("resnet18", 32, 8)
+    for block in (*model.backbone.layer1, *model.backbone.layer4):
+        assert not block.bn2.weight.any()
+    for other in (new_backbone("resnet18"), small_moco().backbone):
+        assert other.layer1[0].bn2.weight.all()
+
+
+# ----------------------------------------------------------------------------------------- SimSiam
+
+
+def test_simsiam():
+    model = SimSiam("resnet18", 32, 8)
+    x = views(2)
+    loss, z = model.loss(x, LABELS)
+    z_hat = model.project(x[1])
+    # the last batch norm has no scale and shift: every dimension has mean 0 and deviation 1
+    torch.testing.assert_close(z.mean(0), torch.zeros(32), atol=1e-5, rtol=0)
+    torch.testing.assert_close(z.std(0, correction=0), torch.ones(32), atol=1e-2, rtol=0)
+    expected = simsiam_loss(model.predictor(z), model.predictor(z_hat), z, z_hat)
+    torch.testing.assert_close(loss, expected)
+    assert set(model.with_fixed_rate()) == set(model.predictor.parameters())
+
+
+# -------------------------------------------------------------------------------------------- MoCo
+
+
+def test_moco_loss_and_queue():
+    model, x = small_moco(), views(2)
+    before = copy.deepcopy(model)
+    loss, z = model.loss(x, LABELS)
+    assert (before.queue.norm(dim=1) - 1).abs().max() < 1e-6
+    keys = copy.deepcopy(before)._keys(x[1])
+    torch.testing.assert_close(loss, moco_loss(z, keys, before.queue, 0.2))
+    assert (keys.norm(dim=1) - 1).abs().max() < 1e-6
+    assert torch.equal(model.queue[:8], keys) and torch.equal(model.queue[8:], before.queue[8:])
+    loss.backward()  # the queue that the loss saw was not changed
+    model.loss(x, LABELS)
+    third = copy.deepcopy(model)._keys(x[0])
+    model.loss(x.flip(0), LABELS)  # 24 keys in a queue of 20: the first four go
+    assert torch.equal(model.queue[16:], third[:4]) and torch.equal(model.queue[:4], third[4:])
+    assert model.oldest == 4
+
+
+def test_moco_keys_follow_slowly_and_do_not_learn():
+    model, x = small_moco(key_momentum=0.9), views(2)
+    with torch.no_grad():
+        for p in model.backbone.parameters():
+            p.add_(1)
+    theirs = copy.deepcopy(model)
+    update_momentum(theirs.backbone, theirs.key_backbone, 0.9)
+    loss, _ = model.loss(x, LABELS)
+    for ours, expected in zip(model.key_backbone.parameters(), theirs.key_backbone.parameters()):
+        torch.testing.assert_close(ours, expected)
+    loss.backward()
+    assert all(p.grad is None for p in model.key_backbone.parameters())
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+def test_moco_normalises_query_and_key_with_different_images():
+    model, x = small_moco().eval(), views(1)[0]
+    exact = model.project(x)  # nothing is normalised by the batch
+    torch.testing.assert_close(model._keys(x), F.normalize(exact, dim=1), rtol=1e-4, atol=1e-5)
+    model.train()
+    backbone = copy.deepcopy(model.backbone)
+    queries = torch.cat([backbone(x[:4]), backbone(x[4:])])
+    torch.testing.assert_close(model.project(x), model.projector(queries))
+    keys = torch.stack([backbone(x[0::2]), backbone(x[1::2])], 1).flatten(0, 1)
+    expected = F.normalize(model.projector(keys), dim=1)
+    torch.testing.assert_close(model._keys(x), expected, rtol=1e-3, atol=1e-4)
+    assert (F.normalize(model.project(x), dim=1) - model._keys(x)).abs().max() > 1e-2
+    # never one group, and batches that do not divide
+    assert [small_moco(bn_group=32)._groups(n) for n in (8, 64, 100)] == [2, 2, 3]
+    assert model._keys(torch.cat([x, x[:3]])).shape == (11, 16)
+
+
+def test_moco_starts_both_encoders_from_given_weights():
+    model, given = small_moco(), new_backbone("resnet18")
+    model.start_from(given)
+    for encoder in (model.backbone, model.key_backbone):
+        assert torch.equal(encoder.conv1.weight, given.conv1.weight)
+    assert not [name for name, _ in model.backbone.named_parameters() if name.startswith("fc.")]
+
+
+# ------------------------------------------------------------------------------ SimCLR, supervised
+
+
+def test_simclr():
+    model, x = SimCLR("resnet18", 16), views(2)
+    loss, z = model.loss(x, LABELS)
+    torch.testing.assert_close(loss, nt_xent(z, model.project(x[1]), 0.1))
+    assert model.with_fixed_rate() == []
+
+
+def test_supervised():
+    model, x = Supervised("resnet18", classes=3), views(1)
+    loss, z = model.loss(x, LABELS)
+    share = model.classifier(z).softmax(1)[torch.arange(8), LABELS]
+    torch.testing.assert_close(loss, -share.log().mean())
+    assert z.shape == (8, 512)
