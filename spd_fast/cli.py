@@ -213,7 +213,7 @@ def _add_pretrain(commands) -> None:
     add(
         "--recipe",
         choices=RECIPES,
-        help="default simsiam; it decides what names no default here",
+        help="default simsiam; sets the options below that name no default",
     )
     add("--data", nargs="+", help="directories of images, one or more")
     parser.add_argument("--out", required=True, help="directory of the run")
@@ -256,9 +256,13 @@ def _add_pretrain(commands) -> None:
     add("--key-momentum", type=float, help="MoCo")
     add("--bn-group", type=_positive, help="MoCo: images that batch norm sees together")
     add("--workers", type=_positive, help="threads that read and augment, default 2")
-    add("--seed", type=_seed)
+    add("--seed", type=_seed, help="of order, views and first weights, default 0")
     add("--device", help="auto (default), cpu or cuda")
-    add("--skip-bad-images", action="store_true", help="replace unreadable images, and list them")
+    add(
+        "--skip-bad-images",
+        action=argparse.BooleanOptionalAction,
+        help="replace unreadable images, and list them; off by default",
+    )
     add(
         "--resume",
         nargs="?",
@@ -273,7 +277,15 @@ def _pretrain(options) -> int:
 
     given = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
     if "config" in given:
-        given = read_config(given.pop("config")) | given
+        file = read_config(given["config"])
+        recipe = file.get("recipe", "simsiam")
+        if given.get("recipe", recipe) != recipe:
+            raise InputError(
+                f"{given['config']} is of the recipe {recipe}: it cannot be run as "
+                f"{given['recipe']}"
+            )
+        del given["config"]
+        given = file | given
     if "data" not in given:
         raise InputError("pretrain needs --data, or a --config that names it")
     return pretrain(PretrainConfig(**given))

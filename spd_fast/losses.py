@@ -1,4 +1,4 @@
-"""The losses of the paper (formulas 1 to 3), SimSiam, MoCo and SimCLR, of (N, D) vectors."""
+"""The losses of the paper (formulas 1 and 2), SimSiam, MoCo and SimCLR, of (N, D) vectors."""
 
 import torch
 import torch.nn.functional as F

@@ -33,16 +33,11 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     self._move(p, group)
-        return loss
 
     def _move(self, p: Tensor, group: dict) -> None:
         update = p.grad
@@ -62,7 +57,7 @@ def new_optimizer(
     name: str, method: Method, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """Over all parameters that learn; the schedule leaves groups with "fixed_lr" alone."""
-    fixed = method.with_fixed_rate()
+    fixed = method.fixed_rate_parameters()
     apart = {id(p) for p in fixed}
     learning = [p for p in method.parameters() if p.requires_grad and id(p) not in apart]
     groups = [{"params": learning, "fixed_lr": False}]

@@ -1,5 +1,6 @@
 """Pre-training with the SPot-the-Difference regulariser (paper section 3.3)."""
 
+import hashlib
 import math
 import shutil
 import signal
@@ -29,7 +30,14 @@ from spd_fast.models import (
     read_checkpoint,
 )
 from spd_fast.optim import new_optimizer, scheduled_lr
-from spd_fast.pretrain_config import FREE, HEADS, PretrainConfig, resolved, settings, write_config
+from spd_fast.pretrain_config import (
+    MAY_DIFFER,
+    METHOD_SETTINGS,
+    PretrainConfig,
+    resolved,
+    settings,
+    write_config,
+)
 from spd_fast.steplog import StepLog
 
 METHODS = {"simsiam": SimSiam, "moco": MoCo, "simclr": SimCLR, "supervised": Supervised}
@@ -40,7 +48,7 @@ def pretrain(config: PretrainConfig) -> int:
 
     Writes into `config.out`: last.pt after every epoch, at the end, and on SIGINT or SIGTERM;
     metrics.jsonl, one line per step; tensorboard/, if that is installed; config.yaml, from which
-    `spd-fast pretrain --config` does the same again, and run.json, what came of it here. A run that
+    `spd-fast pretrain --config` repeats the run, and run.json: device, steps, versions. A run that
     goes on from a checkpoint ends on a CPU with the same bits as one that was never interrupted,
     given the same number of torch threads.
 
@@ -62,7 +70,7 @@ def pretrain(config: PretrainConfig) -> int:
         found = {
             "device": str(run.loader.device),
             "steps": run.steps,
-            "initial_lr": run.lr,
+            "scaled_lr": run.lr,
             "images": len(run.loader.data),
             "classes": len(run.loader.data.classes),
             "versions": versions(),
@@ -82,12 +90,13 @@ class Run:
     model: Method
     optimizer: torch.optim.Optimizer
     loader: ViewLoader
-    lr: float  # initial
+    lr: float  # before the schedule
     steps: int  # of the whole run
     step: int = 0  # done
 
-    def scheduled_lr(self) -> float:
-        warmup = min(self.config.warmup_epochs * len(self.loader), self.steps)
+    def rate(self) -> float:
+        """Of the next step. Warm-up is the same share of a run that `max_steps` shortens."""
+        warmup = self.steps * self.config.warmup_epochs // self.config.epochs
         return scheduled_lr(self.config.schedule, self.lr, self.step, self.steps, warmup)
 
 
@@ -102,7 +111,7 @@ def _train(run: Run, out: Path) -> list[int]:
         while run.step < run.steps:
             batch = next(batches)
             for group in optimizer.param_groups:
-                group["lr"] = run.lr if group["fixed_lr"] else run.scheduled_lr()
+                group["lr"] = run.lr if group["fixed_lr"] else run.rate()
             losses = compute_losses(model, batch.views, batch.labels, run.config.eta)
             optimizer.zero_grad()
             losses["loss"].backward()
@@ -142,15 +151,18 @@ def _new_run(config: PretrainConfig, load_init: bool) -> Run:
 
 
 def _new_method(config: PretrainConfig, classes: int) -> Method:
-    heads = {name: getattr(config, name) for name in HEADS if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in METHOD_SETTINGS}
+    given = {name: value for name, value in given.items() if value is not None}
     if config.recipe == "supervised":
         if classes < 2:
             raise InputError(
                 "supervised needs images of at least two classes, a folder each, got one"
             )
-        heads["classes"] = classes
-    with_classifier = config.spd and config.spd_loss == "xent"
-    return METHODS[config.recipe](config.backbone, spd_classifier=with_classifier, **heads)
+        given["classes"] = classes
+    method = METHODS[config.recipe](config.backbone, **given)
+    if config.spd and config.spd_loss == "xent":
+        method.add_spd_classifier()
+    return method
 
 
 def compute_losses(model: Method, views: Tensor, labels: Tensor, eta: float) -> dict[str, Tensor]:
@@ -164,8 +176,8 @@ def compute_losses(model: Method, views: Tensor, labels: Tensor, eta: float) -> 
 
     Returns:
         Scalars: "loss" (formula 3), "loss_ssl", with SPD "loss_spd"; and "z_std", the standard
-        deviation of the normalised projections of x: about 1 / sqrt(D) if they spread over the
-        sphere, 0 if they have collapsed to one point.
+        deviation of the normalised projections of x: of SimSiam, MoCo and SimCLR about 1 / sqrt(D)
+        if they spread over the sphere, 0 if they have collapsed to one point.
     """
     ssl, z = model.loss(views, labels)
     losses = {"loss": ssl, "loss_ssl": ssl}
@@ -207,9 +219,14 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "loader": run.loader.state_dict(),
+        "labels": _hash_of_labels(run.loader),
         "rng": torch.get_rng_state(),
     }
     save_state(path, state)
+
+
+def _hash_of_labels(loader: ViewLoader) -> str:
+    return hashlib.sha256(loader.labels.tobytes()).hexdigest()
 
 
 def _find_checkpoint(config: PretrainConfig) -> dict | None:
@@ -226,7 +243,8 @@ def _find_checkpoint(config: PretrainConfig) -> dict | None:
         return None
     state = read_checkpoint(path)
     own, others = settings(config), state["config"]
-    for name in sorted((own.keys() | others.keys()).difference(FREE)):
+    # A setting that only one of them has is newer than the checkpoint, or another recipe's.
+    for name in ("recipe", *sorted((own.keys() & others.keys()).difference(MAY_DIFFER))):
         if own.get(name) != others.get(name):
             raise InputError(
                 f"{path} cannot be resumed: it was made with {name} {others.get(name)!r}, but "
@@ -247,6 +265,8 @@ def _restore(run: Run, state: dict) -> None:
             f"{path} cannot be resumed: its schedule spans {state['steps']} steps, but epochs and "
             f"max_steps now give {run.steps}"
         )
+    if run.config.recipe == "supervised" and state["labels"] != _hash_of_labels(run.loader):
+        raise InputError(f"{path} cannot be resumed: its images had other classes")
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])

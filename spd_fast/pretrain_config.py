@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import yaml
 
@@ -54,9 +55,9 @@ class PretrainConfig:
 
 
 # What does not decide the losses: a run goes on whatever these are. (Of `data`, the files' names
-# decide; of `epochs` and `max_steps`, the number of steps.)
-FREE = ("data", "out", "epochs", "max_steps", "workers", "device", "skip_bad_images", "resume")
-HEADS = ("dim", "predictor_dim", "temperature", "queue_size", "key_momentum", "bn_group")
+# and classes decide; of `epochs` and `max_steps`, the number of steps.)
+MAY_DIFFER = ("data", "out", "epochs", "max_steps", "workers", "device", "skip_bad_images")
+METHOD_SETTINGS = ("dim", "predictor_dim", "temperature", "queue_size", "key_momentum", "bn_group")
 
 
 def read_recipe(name: str) -> dict:
@@ -77,7 +78,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         InputError: an unknown recipe, a value out of range, or one that this recipe has no use for.
     """
     recipe = read_recipe(config.recipe)
-    for name in HEADS:
+    for name in METHOD_SETTINGS:
         if name not in recipe and getattr(config, name) is not None:
             raise InputError(f"the recipe {config.recipe} has no {name}")
     missing = {name: value for name, value in recipe.items() if getattr(config, name) is None}
@@ -89,8 +90,10 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
 def settings(config: PretrainConfig) -> dict:
     """The configuration as plain values; whether it was resumed is no part of a run."""
     data = [config.data] if isinstance(config.data, str | Path) else config.data
-    values = asdict(config) | {"data": [str(path) for path in data]}
-    values |= {"out": str(config.out), "init": str(config.init)}
+    values = asdict(config) | {"data": [str(Path(path).resolve()) for path in data]}
+    init = str(config.init)
+    values |= {"out": str(config.out)}
+    values["init"] = init if init in ("random", "imagenet") else str(Path(init).resolve())
     del values["resume"]
     return {name: value for name, value in values.items() if value is not None}
 
@@ -111,12 +114,31 @@ def read_config(path: str | Path) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
-    known = {field.name for field in fields(PretrainConfig)}
-    if not isinstance(values, dict) or not values.keys() <= known:
-        unknown = sorted(map(str, values.keys() - known)) if isinstance(values, dict) else [values]
-        raise InputError(f"{path} is no configuration of pretrain: {unknown[0]!r} is no setting")
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is no configuration of pretrain: it holds {values!r}")
+    kinds = {field.name: get_args(field.type) or (field.type,) for field in fields(PretrainConfig)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise InputError(f"{path} is no configuration of pretrain: {name!r} is no setting")
+        if not _is_one_of(value, kinds[name] if name != "data" else (list, str)):
+            raise InputError(f"{path}: {name} cannot be {value!r}")
+        if float in kinds[name] and value is not None:
+            values[name] = float(value)
     return values
+
+
+def _is_one_of(value, kinds: tuple) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    if float in kinds and isinstance(value, int):
+        return True
+    if float in kinds and isinstance(value, str):  # YAML reads 1e-4 as text, and 1.0e-4 as a number
+        try:
+            return bool(float(value)) or True
+        except ValueError:
+            return False
+    return isinstance(value, kinds)
 
 
 def _check(config: PretrainConfig) -> None:
@@ -131,7 +153,8 @@ def _check(config: PretrainConfig) -> None:
         value = getattr(config, name)
         positive = name in ("lr", "temperature")
         if value is not None and (not math.isfinite(value) or value < 0 or positive and value == 0):
-            raise InputError(f"{name} must be a finite positive number, got {value}")
+            rule = "a positive number" if positive else "a number, and not negative"
+            raise InputError(f"{name} must be {rule}, got {value}")
     if config.key_momentum is not None and config.key_momentum > 1:
         raise InputError(f"key_momentum must be at most 1, got {config.key_momentum}")
     smallest = 4 if config.recipe == "moco" else 2
@@ -139,12 +162,17 @@ def _check(config: PretrainConfig) -> None:
         raise InputError(
             f"batch_size must be at least {smallest} for batch norm, got {config.batch_size}"
         )
-    for name in ("epochs", "max_steps", "dim", "predictor_dim", "bn_group"):
+    for name in ("epochs", "max_steps", "dim", "predictor_dim"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if config.warmup_epochs < 0:
-        raise InputError(f"warmup_epochs must not be negative, got {config.warmup_epochs}")
+    if config.bn_group is not None and config.bn_group < 2:
+        raise InputError(f"bn_group must be at least 2, got {config.bn_group}")
+    if not 0 <= config.warmup_epochs < config.epochs:
+        raise InputError(
+            f"warmup_epochs must be 0..{config.epochs - 1}, less than epochs, got "
+            f"{config.warmup_epochs}"
+        )
     if config.queue_size is not None and config.queue_size < config.batch_size:
         raise InputError(
             f"queue_size must be at least one batch, {config.batch_size}, got {config.queue_size}"

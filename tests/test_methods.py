@@ -53,10 +53,11 @@ def test_hidden_width_is_that_of_the_features():
     assert sizes == [(512, 512), (512,), (512,), (512, 512), (512,), (512,), (64, 512)]
 
 
-def test_residual_branches_of_simsiam_start_at_zero():
-    model = SimSiam("resnet18", 32, 8)
-    for block in (*model.backbone.layer1, *model.backbone.layer4):
-        assert not block.bn2.weight.any()
+def test_residual_branches_start_at_zero():
+    """Those of SimSiam and SimCLR."""
+    for model in (SimSiam("resnet18", 32, 8), SimCLR("resnet18", 16)):
+        for block in (*model.backbone.layer1, *model.backbone.layer4):
+            assert not block.bn2.weight.any()
     for other in (new_backbone("resnet18"), small_moco().backbone):
         assert other.layer1[0].bn2.weight.all()
 
@@ -74,7 +75,7 @@ def test_simsiam():
     torch.testing.assert_close(z.std(0, correction=0), torch.ones(32), atol=1e-2, rtol=0)
     expected = simsiam_loss(model.predictor(z), model.predictor(z_hat), z, z_hat)
     torch.testing.assert_close(loss, expected)
-    assert set(model.with_fixed_rate()) == set(model.predictor.parameters())
+    assert set(model.fixed_rate_parameters()) == set(model.predictor.parameters())
 
 
 # -------------------------------------------------------------------------------------------- MoCo
@@ -94,22 +95,25 @@ def test_moco_loss_and_queue():
     third = copy.deepcopy(model)._keys(x[0])
     model.loss(x.flip(0), LABELS)  # 24 keys in a queue of 20: the first four go
     assert torch.equal(model.queue[16:], third[:4]) and torch.equal(model.queue[:4], third[4:])
-    assert model.oldest == 4
+    assert model.next_row == 4
 
 
 def test_moco_keys_follow_slowly_and_do_not_learn():
     model, x = small_moco(key_momentum=0.9), views(2)
     with torch.no_grad():
-        for p in model.backbone.parameters():
+        for p in (*model.backbone.parameters(), *model.projector.parameters()):
             p.add_(1)
     theirs = copy.deepcopy(model)
-    update_momentum(theirs.backbone, theirs.key_backbone, 0.9)
     loss, _ = model.loss(x, LABELS)
-    for ours, expected in zip(model.key_backbone.parameters(), theirs.key_backbone.parameters()):
-        torch.testing.assert_close(ours, expected)
     loss.backward()
-    assert all(p.grad is None for p in model.key_backbone.parameters())
-    assert all(p.grad is not None for p in model.backbone.parameters())
+    for part in ("backbone", "projector"):
+        query, key = getattr(theirs, part), getattr(theirs, f"key_{part}")
+        update_momentum(query, key, 0.9)
+        moved = getattr(model, f"key_{part}").parameters()
+        for ours, expected in zip(moved, key.parameters()):
+            torch.testing.assert_close(ours, expected)
+            assert ours.grad is None
+        assert all(p.grad is not None for p in getattr(model, part).parameters())
 
 
 def test_moco_normalises_query_and_key_with_different_images():
@@ -129,6 +133,30 @@ def test_moco_normalises_query_and_key_with_different_images():
     assert model._keys(torch.cat([x, x[:3]])).shape == (11, 16)
 
 
+def test_moco_moves_running_statistics_once_per_view():
+    model, x = small_moco(), views(1, 4)[0]
+    once = copy.deepcopy(model.backbone)
+    once(x)
+    model.project(torch.cat([x, x]))  # two groups of the same images
+    name = "layer1.0.bn1.running_mean"
+    moved, expected = model.backbone.state_dict()[name], once.state_dict()[name]
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+    assert expected.abs().max() > 0
+    model.add_spd_classifier()
+    model.tell_apart(torch.cat([x, x]))  # in groups as well
+    once(x)
+    expected = once.state_dict()[name]
+    torch.testing.assert_close(model.backbone.state_dict()[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_spd_classifier_changes_no_other_weight():
+    for cls, arguments in ((SimSiam, ("resnet18", 32, 8)), (Supervised, ("resnet18", 3))):
+        with_it, without = ((torch.manual_seed(0), cls(*arguments))[1] for _ in range(2))
+        with_it.add_spd_classifier()
+        for name, value in without.state_dict().items():
+            assert torch.equal(with_it.state_dict()[name], value), name
+
+
 def test_moco_starts_both_encoders_from_given_weights():
     model, given = small_moco(), new_backbone("resnet18")
     model.start_from(given)
@@ -143,8 +171,12 @@ def test_moco_starts_both_encoders_from_given_weights():
 def test_simclr():
     model, x = SimCLR("resnet18", 16), views(2)
     loss, z = model.loss(x, LABELS)
-    torch.testing.assert_close(loss, nt_xent(z, model.project(x[1]), 0.1))
-    assert model.with_fixed_rate() == []
+    both = model.projector(model.backbone(torch.cat([x[0], x[1]])))  # normalised together
+    torch.testing.assert_close(loss, nt_xent(both[:8], both[8:], 0.1))
+    torch.testing.assert_close(z, both[:8])
+    loss.backward()
+    assert model.projector[-1].bias.grad is None and not model.projector[-1].bias.any()
+    assert model.fixed_rate_parameters() == []
 
 
 def test_supervised():

@@ -69,7 +69,7 @@ def test_every_parameter_that_learns_is_optimised_once():
     for method in (SimSiam("resnet18", 32, 8), MoCo("resnet18", 16, queue_size=8)):
         optimizer = new_optimizer("sgd", method, 0.1, 0.9, 1e-4)
         groups = {g["fixed_lr"]: g["params"] for g in optimizer.param_groups}
-        assert set(groups.get(True, [])) == set(method.with_fixed_rate())
+        assert set(groups.get(True, [])) == set(method.fixed_rate_parameters())
         held = [p for params in groups.values() for p in params]
         assert len(held) == len(set(held))
         assert set(held) == {p for p in method.parameters() if p.requires_grad}

@@ -18,7 +18,7 @@ from spd_fast import pretrain as module
 from spd_fast import recipes
 from spd_fast.errors import InputError
 from spd_fast.loader import ViewLoader
-from spd_fast.methods import SimSiam
+from spd_fast.methods import SimCLR, SimSiam, Supervised
 from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.optim import new_optimizer, scheduled_lr
 from spd_fast.pretrain import Run, pretrain, save_checkpoint
@@ -289,7 +289,8 @@ def test_cross_entropy_spd_equals_a_plain_loop(data, tmp_path):
     """Two steps, with the logits and their cross-entropy written out."""
     assert pretrain(config(data, tmp_path, spd_loss="xent", max_steps=2)) == 0
     torch.manual_seed(7)
-    model = SimSiam("resnet18", 64, 16, spd_classifier=True)
+    model = SimSiam("resnet18", 64, 16)
+    model.add_spd_classifier()
     classifier = torch.nn.Linear(512, 2)
     classifier.load_state_dict(model.spd_classifier.state_dict())
     learning = [*model.backbone.parameters(), *model.projector.parameters()]
@@ -388,6 +389,64 @@ def test_supervised_learns_two_classes(two_classes, tmp_path):
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
 
 
+def test_simclr_and_supervised_equal_plain_loops(two_classes, tmp_path):
+    """Two steps each with SGD; the second depends on the gradients of the first."""
+    from lightly.loss import NTXentLoss
+
+    for recipe, settings in (
+        ("simclr", {"dim": 16, "optimizer": "sgd", "warmup_epochs": 0}),
+        ("supervised", {"spd_loss": "cosine"}),
+    ):
+        out = tmp_path / recipe
+        run = config(two_classes, out, recipe=recipe, max_steps=2, schedule="cosine", **settings)
+        assert pretrain(run) == 0
+        torch.manual_seed(7)
+        model = SimCLR("resnet18", 16) if recipe == "simclr" else Supervised("resnet18", 2)
+        rate = read_config(out / "config.yaml")["lr"] * 8 / 256
+        learning = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(learning, rate, 0.9, weight_decay=1e-4)
+        views = getattr(recipes, recipe)()
+        for batch, line in zip(ViewLoader(two_classes, views, 8, size=32, seed=7), trace(out)):
+            x, *others, x_pos, x_neg = batch.views
+            z = model.backbone(torch.cat([x, *others]))
+            if recipe == "simclr":
+                z = model.projector(z)
+                ssl = NTXentLoss(temperature=0.1)(z[:8], z[8:])
+            else:
+                ssl = torch.nn.functional.cross_entropy(model.classifier(z), batch.labels)
+            near, far = (model.projector(model.backbone(v)) for v in (x_pos, x_neg))
+            spd = (cosine_similarity(z[:8], far) - cosine_similarity(z[:8], near)).mean()
+            assert line["loss_ssl"] == pytest.approx(ssl.item(), rel=1e-3)
+            assert line["loss_spd"] == pytest.approx(spd.item(), abs=1e-3)
+            optimizer.param_groups[0]["lr"] = line["lr"]
+            optimizer.zero_grad()
+            (ssl + 0.1 * spd).backward()
+            optimizer.step()
+
+
+def test_warm_up_is_shortened_with_the_run(data, tmp_path):
+    """One of three epochs; of six steps, two."""
+    run = config(data, tmp_path, recipe="simclr", dim=16, warmup_epochs=1, max_steps=6)
+    assert pretrain(run) == 0
+    assert [line["lr"] for line in trace(tmp_path)][:3] == pytest.approx(
+        [0, 0.3 / 64, 0.3 / 32], rel=1e-9
+    )
+
+
+def test_supervised_goes_on_with_the_same_classes_only(data, tmp_path):
+    """Classes are folders below a root: the same files are a, a, b or x, y, z."""
+    root = tmp_path / "data"
+    for i, path in enumerate(sorted(data.iterdir())):
+        folder = root / ("a/x", "a/y", "b/z")[i // 8]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / path.name).write_bytes(path.read_bytes())
+    start = config(root, tmp_path / "run", recipe="supervised", max_steps=1)
+    assert pretrain(start) == 0
+    other = replace(start, data=[str(root / "a"), str(root / "b")], resume=True)
+    with pytest.raises(InputError, match="cannot be resumed: its images had other classes"):
+        pretrain(other)
+
+
 def test_supervised_needs_classes(data, tmp_path):
     with pytest.raises(InputError, match="at least two classes"):
         pretrain(config(data, tmp_path / "run", recipe="supervised"))
@@ -402,7 +461,7 @@ def test_without_spd_and_with_few_steps(data, tmp_path):
         # the schedule spans the steps of the shortened run
         assert line["lr"] == pytest.approx(0.05 / 32 * (1 + np.cos(np.pi * step / 4)) / 2)
     found = json.loads((tmp_path / "run.json").read_text())
-    assert found["steps"] == 4 and found["images"] == 24 and found["initial_lr"] == 0.05 / 32
+    assert found["steps"] == 4 and found["images"] == 24 and found["scaled_lr"] == 0.05 / 32
     assert read_config(tmp_path / "config.yaml")["lr"] == 0.05
 
 
@@ -490,10 +549,11 @@ def test_wrong_configurations_leave_nothing_behind(data, tmp_path):
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"optimizer": "adam"}, "optimizer is one of .*'adam'"),
         ({"schedule": "flat"}, "schedule is one of .*'flat'"),
-        ({"warmup_epochs": -1}, "warmup_epochs must not be negative, got -1"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be 0..2, less than epochs, got -1"),
+        ({"warmup_epochs": 3}, "warmup_epochs must be 0..2, less than epochs, got 3"),
         ({"temperature": 0.1}, "the recipe simsiam has no temperature"),
-        ({"lr": -1.0}, "lr must be a finite positive number, got -1.0"),
-        ({"eta": float("nan")}, "eta must be a finite positive number"),
+        ({"lr": -1.0}, "lr must be a positive number, got -1.0"),
+        ({"eta": float("nan")}, "eta must be a number, and not negative, got nan"),
         ({"batch_size": 32}, "a batch needs 32 images, but the data has only 24"),
         ({"local_aug": "cutout"}, "cutout"),
         ({"backbone": "vgg16"}, "vgg16"),

@@ -1,4 +1,5 @@
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import yaml
@@ -28,18 +29,40 @@ def test_recipes_hold_settings_only(name):
 
 
 def test_recipes_are_the_official_ones():
-    """What the papers and their authors' code say, for a backbone as a whole."""
-    for name, batch_size, initial_lr, epochs in (
-        ("simsiam", 512, 0.1, 100),
-        ("moco", 256, 0.03, 200),
-        ("simclr", 4096, 4.8, 100),
-        ("supervised", 256, 0.1, 90),
-    ):
+    """Papers and their authors' code; rates are those of a whole batch of the recipe's size."""
+    columns = (
+        "batch_size",
+        "epochs",
+        "optimizer",
+        "momentum",
+        "schedule",
+        "warmup_epochs",
+        "spd_loss",
+    )
+    rows = {
+        "simsiam": (512, 100, "sgd", 0.9, "cosine", 0, "cosine"),
+        "moco": (256, 200, "sgd", 0.9, "cosine", 0, "cosine"),
+        "simclr": (4096, 100, "lars", 0.9, "cosine", 10, "cosine"),
+        "supervised": (256, 90, "sgd", 0.9, "steps", 0, "xent"),
+    }
+    rates = {"simsiam": 0.1, "moco": 0.03, "simclr": 4.8, "supervised": 0.1}
+    heads = {
+        "simsiam": {"dim": 2048, "predictor_dim": 512},
+        "moco": {
+            **{"dim": 128, "temperature": 0.2, "queue_size": 65536, "key_momentum": 0.999},
+            "bn_group": 32,
+        },
+        "simclr": {"dim": 128, "temperature": 0.1},
+        "supervised": {},
+    }
+    for name, row in rows.items():
         recipe = read_recipe(name)
-        assert (recipe["batch_size"], recipe["epochs"]) == (batch_size, epochs)
-        assert recipe["lr"] * batch_size / 256 == pytest.approx(initial_lr)
-    moco = read_recipe("moco")
-    assert (moco["queue_size"], moco["key_momentum"], moco["temperature"]) == (65536, 0.999, 0.2)
+        assert tuple(recipe[column] for column in columns) == row
+        assert recipe["lr"] * recipe["batch_size"] / 256 == pytest.approx(rates[name])
+        assert recipe == {c: recipe[c] for c in columns} | heads[name] | {
+            "lr": recipe["lr"],
+            "weight_decay": 1e-4,
+        }
     assert CLI_RECIPES == RECIPES
 
 
@@ -64,18 +87,30 @@ def test_given_values_stand_before_the_recipes():
 def test_files_of_settings(tmp_path):
     config = resolved(PretrainConfig(["a", "b"], "out", recipe="simclr", spd=False, resume="auto"))
     write_config(tmp_path / "config.yaml", config)
+    paths = [str(Path(name).resolve()) for name in ("a", "b")]
     assert resolved(PretrainConfig(**read_config(tmp_path / "config.yaml"))) == resolved(
-        PretrainConfig(["a", "b"], "out", recipe="simclr", spd=False)
+        PretrainConfig(paths, "out", recipe="simclr", spd=False)
     )
     assert "resume" not in settings(config) and "queue_size" not in settings(config)
     for text, message in (
         ("data: [a]\nlearning_rate: 3", "'learning_rate' is no setting"),
-        ("just words", "'just words' is no setting"),
+        ("just words", "it holds 'just words'"),
+        ("", "it holds None"),
         ("a: [", "is not YAML"),
+        ("epochs: 1.5", "epochs cannot be 1.5"),
+        ("spd: maybe", "spd cannot be 'maybe'"),
+        ("eta: null", "eta cannot be None"),
+        ("lr: fast", "lr cannot be 'fast'"),
+        ("batch_size: true", "batch_size cannot be True"),
+        ("data: 3", "data cannot be 3"),
     ):
         (tmp_path / "wrong.yaml").write_text(text)
         with pytest.raises(InputError, match=message):
             read_config(tmp_path / "wrong.yaml")
+    (tmp_path / "right.yaml").write_text("lr: 1e-4\neta: 1\nepochs: null\ndata: a\n")
+    assert read_config(tmp_path / "right.yaml") == {
+        **{"lr": 1e-4, "eta": 1.0, "epochs": None, "data": "a"}
+    }
     with pytest.raises(InputError, match="nowhere.yaml cannot be read"):
         read_config(tmp_path / "nowhere.yaml")
 
@@ -90,4 +125,5 @@ def test_the_command_line_stands_before_the_file(tmp_path, monkeypatch):
     assert main(["pretrain", "--config", str(file), "--out", "y", "--no-spd"]) == 0
     assert given[0] == PretrainConfig(["a"], "y", recipe="moco", eta=0.3, spd=False)
     assert main(["pretrain", "--out", "y"]) == 2  # no data
+    assert main(["pretrain", "--config", str(file), "--out", "y", "--recipe", "simclr"]) == 2
     assert len(given) == 1
