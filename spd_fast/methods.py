@@ -6,6 +6,7 @@ view at a time.
 """
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from spd_fast.losses import moco_loss, nt_xent, simsiam_loss
 from spd_fast.models import new_backbone
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A backbone and the heads of a method.
 
     `loss` gives the method's loss and the projections z of its first view, which SPD compares with
@@ -49,9 +50,9 @@ class Method(nn.Module):
         """(N, 3, S, S) -> logits (N, 2) of being an SPD positive, an SPD negative."""
         return self.spd_classifier(self.features(views))
 
+    @abstractmethod
     def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of views (V, N, 3, S, S) of N images of classes `labels`, and z (N, dim)."""
-        raise NotImplementedError
 
     def start_from(self, backbone: nn.Module) -> None:
         """Take over the weights of a torchvision ResNet, its classifier fc aside."""

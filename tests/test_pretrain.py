@@ -1,5 +1,4 @@
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -11,20 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from pretrain_runs import config, signal_at, trace, write_images
 from torch.nn.functional import cosine_similarity
 
 from spd_fast import pretrain as module
 from spd_fast import recipes
 from spd_fast.errors import InputError
 from spd_fast.loader import ViewLoader
-from spd_fast.methods import SimCLR, SimSiam, Supervised
+from spd_fast.methods import SimSiam
 from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.optim import new_optimizer, scheduled_lr
 from spd_fast.pretrain import Run, pretrain, save_checkpoint
-from spd_fast.pretrain_config import PretrainConfig, read_config, resolved
-
-LOSSES = ("step", "epoch", "loss", "loss_ssl", "loss_spd", "z_std", "lr")
+from spd_fast.pretrain_config import read_config, resolved
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,58 +34,15 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for i in range(24):
-        pixels = rng.integers(0, 256, (rng.integers(4, 9), rng.integers(4, 9), 3), dtype=np.uint8)
-        image = Image.fromarray(pixels).resize((48, 40), Image.BICUBIC)
-        image.save(root / f"{i:02d}.jpg")
-    return root
-
-
-@pytest.fixture(scope="module")
-def two_classes(data, tmp_path_factory) -> Path:
-    """The images again, half of them without red, half without blue."""
-    root = tmp_path_factory.mktemp("classes")
-    for i, path in enumerate(sorted(data.iterdir())):
-        pixels = np.array(Image.open(path))
-        pixels[:, :, 2 * (i % 2)] = 0
-        folder = root / ("no_red", "no_blue")[i % 2]
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(folder / path.name)
-    return root
-
-
-def config(data, out, **kwargs) -> PretrainConfig:
-    """3 steps per epoch."""
-    tiny = {"backbone": "resnet18", "size": 32, "batch_size": 8, "epochs": 3, "seed": 7}
-    heads = {"dim": 64, "predictor_dim": 16} if kwargs.get("recipe", "simsiam") == "simsiam" else {}
-    return PretrainConfig([str(data)], str(out), **tiny | heads | kwargs)
-
-
-def trace(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in LOSSES if name in line} for line in lines]
-
-
-def signal_at(step: int, number: int, monkeypatch) -> None:
-    """The process sends itself a signal in the middle of a step."""
-    compute, calls = module.compute_losses, []
-
-    def compute_losses(*args):
-        calls.append(1)
-        if len(calls) == step:
-            os.kill(os.getpid(), number)
-        return compute(*args)
-
-    monkeypatch.setattr(module, "compute_losses", compute_losses)
+    return write_images(tmp_path_factory.mktemp("data"))
 
 
 CHILD = """
 import os, sys
 import pytest, torch
 sys.path.insert(0, {tests!r})
-from test_pretrain import config, pretrain, signal_at
+from pretrain_runs import config, signal_at
+from spd_fast.pretrain import pretrain
 torch.set_num_threads(1)
 with pytest.MonkeyPatch.context() as patch:
     signal_at(5, {number}, patch)
@@ -348,108 +302,6 @@ def test_the_source_of_the_spd_views(data, tmp_path):
         assert pretrain(config(data, tmp_path / source, spd_source=source, max_steps=1)) == 0
     anchor, image = (trace(tmp_path / source)[0] for source in ("anchor", "image"))
     assert anchor["loss_ssl"] == image["loss_ssl"] and anchor["loss_spd"] != image["loss_spd"]
-
-
-OTHERS = {
-    "moco": {"dim": 16, "queue_size": 16, "bn_group": 4},
-    "simclr": {"dim": 16, "warmup_epochs": 1},
-    "supervised": {},
-}
-
-
-@pytest.mark.parametrize("recipe", OTHERS)
-def test_every_recipe_goes_on_with_the_same_bits(recipe, two_classes, tmp_path, monkeypatch):
-    def run(out, **kwargs):
-        return pretrain(config(two_classes, out, recipe=recipe, **OTHERS[recipe] | kwargs))
-
-    assert run(tmp_path / "whole") == 0
-    with monkeypatch.context() as patch:
-        signal_at(5, signal.SIGTERM, patch)
-        assert run(tmp_path / "parts") == 143
-    assert run(tmp_path / "parts", resume=True) == 0
-    lines = trace(tmp_path / "whole")
-    assert trace(tmp_path / "parts") == lines and len(lines) == 9
-    ended, expected = (read_checkpoint(tmp_path / n / "last.pt") for n in ("parts", "whole"))
-    for name, value in expected["model"].items():
-        assert torch.equal(ended["model"][name], value), name
-    for line in lines:
-        assert line["loss"] == pytest.approx(line["loss_ssl"] + 0.1 * line["loss_spd"], abs=1e-6)
-    load_backbone("resnet18", tmp_path / "whole" / "last.pt")
-    # the run again, from nothing but its own file
-    again = read_config(tmp_path / "parts" / "config.yaml") | {"out": str(tmp_path / "again")}
-    assert pretrain(PretrainConfig(**again)) == 0
-    assert trace(tmp_path / "again") == lines
-
-
-def test_supervised_learns_two_classes(two_classes, tmp_path):
-    """Each class has a colour of its own."""
-    rates = {"lr": 0.4, "epochs": 8, "spd": False}
-    assert pretrain(config(two_classes, tmp_path, recipe="supervised", **rates)) == 0
-    losses = [line["loss_ssl"] for line in trace(tmp_path)]
-    assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
-
-
-def test_simclr_and_supervised_equal_plain_loops(two_classes, tmp_path):
-    """Two steps each with SGD; the second depends on the gradients of the first."""
-    from lightly.loss import NTXentLoss
-
-    for recipe, settings in (
-        ("simclr", {"dim": 16, "optimizer": "sgd", "warmup_epochs": 0}),
-        ("supervised", {"spd_loss": "cosine"}),
-    ):
-        out = tmp_path / recipe
-        run = config(two_classes, out, recipe=recipe, max_steps=2, schedule="cosine", **settings)
-        assert pretrain(run) == 0
-        torch.manual_seed(7)
-        model = SimCLR("resnet18", 16) if recipe == "simclr" else Supervised("resnet18", 2)
-        rate = read_config(out / "config.yaml")["lr"] * 8 / 256
-        learning = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(learning, rate, 0.9, weight_decay=1e-4)
-        views = getattr(recipes, recipe)()
-        for batch, line in zip(ViewLoader(two_classes, views, 8, size=32, seed=7), trace(out)):
-            x, *others, x_pos, x_neg = batch.views
-            z = model.backbone(torch.cat([x, *others]))
-            if recipe == "simclr":
-                z = model.projector(z)
-                ssl = NTXentLoss(temperature=0.1)(z[:8], z[8:])
-            else:
-                ssl = torch.nn.functional.cross_entropy(model.classifier(z), batch.labels)
-            near, far = (model.projector(model.backbone(v)) for v in (x_pos, x_neg))
-            spd = (cosine_similarity(z[:8], far) - cosine_similarity(z[:8], near)).mean()
-            assert line["loss_ssl"] == pytest.approx(ssl.item(), rel=1e-3)
-            assert line["loss_spd"] == pytest.approx(spd.item(), abs=1e-3)
-            optimizer.param_groups[0]["lr"] = line["lr"]
-            optimizer.zero_grad()
-            (ssl + 0.1 * spd).backward()
-            optimizer.step()
-
-
-def test_warm_up_is_shortened_with_the_run(data, tmp_path):
-    """One of three epochs; of six steps, two."""
-    run = config(data, tmp_path, recipe="simclr", dim=16, warmup_epochs=1, max_steps=6)
-    assert pretrain(run) == 0
-    assert [line["lr"] for line in trace(tmp_path)][:3] == pytest.approx(
-        [0, 0.3 / 64, 0.3 / 32], rel=1e-9
-    )
-
-
-def test_supervised_goes_on_with_the_same_classes_only(data, tmp_path):
-    """Classes are folders below a root: the same files are a, a, b or x, y, z."""
-    root = tmp_path / "data"
-    for i, path in enumerate(sorted(data.iterdir())):
-        folder = root / ("a/x", "a/y", "b/z")[i // 8]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / path.name).write_bytes(path.read_bytes())
-    start = config(root, tmp_path / "run", recipe="supervised", max_steps=1)
-    assert pretrain(start) == 0
-    other = replace(start, data=[str(root / "a"), str(root / "b")], resume=True)
-    with pytest.raises(InputError, match="cannot be resumed: its images had other classes"):
-        pretrain(other)
-
-
-def test_supervised_needs_classes(data, tmp_path):
-    with pytest.raises(InputError, match="at least two classes"):
-        pretrain(config(data, tmp_path / "run", recipe="supervised"))
 
 
 def test_without_spd_and_with_few_steps(data, tmp_path):

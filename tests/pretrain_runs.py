@@ -1,0 +1,48 @@
+"""What the tests of pre-training share: small images, configurations, what a run has written."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from spd_fast import pretrain as module
+from spd_fast.pretrain_config import PretrainConfig
+
+LOSSES = ("step", "epoch", "loss", "loss_ssl", "loss_spd", "z_std", "lr")
+
+
+def write_images(root: Path) -> Path:
+    """24 small images of noise, of several sizes before they were resized."""
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        pixels = rng.integers(0, 256, (rng.integers(4, 9), rng.integers(4, 9), 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((48, 40), Image.BICUBIC)
+        image.save(root / f"{i:02d}.jpg")
+    return root
+
+
+def config(data, out, **kwargs) -> PretrainConfig:
+    """3 steps per epoch."""
+    tiny = {"backbone": "resnet18", "size": 32, "batch_size": 8, "epochs": 3, "seed": 7}
+    heads = {"dim": 64, "predictor_dim": 16} if kwargs.get("recipe", "simsiam") == "simsiam" else {}
+    return PretrainConfig([str(data)], str(out), **tiny | heads | kwargs)
+
+
+def trace(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in LOSSES if name in line} for line in lines]
+
+
+def signal_at(step: int, number: int, monkeypatch) -> None:
+    """The process sends itself a signal in the middle of a step."""
+    compute, calls = module.compute_losses, []
+
+    def compute_losses(*args):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return compute(*args)
+
+    monkeypatch.setattr(module, "compute_losses", compute_losses)
