@@ -11,6 +11,7 @@ struct FeatureList {
     std::vector<Layer> layers;
     std::vector<int32_t> layer;
     std::vector<int64_t> channel;
+    std::vector<int64_t> places;  // of the rows and columns of all layers
     Features features{};
 
     FeatureList(const std::vector<py::array>& maps, const py::array& channels) {
@@ -25,7 +26,9 @@ struct FeatureList {
                     int(map.shape(1)),
                     int(map.shape(2)),
                     int(map.shape(3)),
-                    {}};
+                    {},
+                    nullptr,
+                    nullptr};
             element_strides(map, l.stride);
             layers.push_back(l);
             first_channel.push_back(first_channel.back() + map.shape(1));
@@ -39,9 +42,22 @@ struct FeatureList {
             channel.push_back((kept[k] - first_channel[layer.back()]) *
                               layers[layer.back()].stride[1]);
         }
-        features = {layers.data(), layer.data(),     channel.data(), int(channels.size()),
-                    int(batch),    layers[0].height, layers[0].width};
+        const int height = layers[0].height, width = layers[0].width;
+        features = {layers.data(), layer.data(), channel.data(), int(channels.size()),
+                    int(batch),    height,       width};
+        places.resize(layers.size() * (height + width));
+        int64_t* next = places.data();
+        const auto nearest = [&](int of_grid, int of_layer, int64_t stride) {
+            const int64_t* table = next;
+            for (int64_t i = 0; i < of_grid; ++i) *next++ = i * of_layer / of_grid * stride;
+            return table;
+        };
+        for (Layer& l : layers) {
+            l.row = nearest(height, l.height, l.stride[2]);
+            l.column = nearest(width, l.width, l.stride[3]);
+        }
     }
+    FeatureList(const FeatureList&) = delete;  // a copy's pointers would be the original's
     int64_t positions() const { return int64_t(features.grid_height) * features.grid_width; }
 };
 

@@ -112,6 +112,17 @@ float squared_norm(const T* factor, int panel_count, const float* x) {
 template <int group>
 using Images __attribute__((vector_size(4 * group))) = float;
 
+// delta = x - mean for channels of `group` images each.
+template <int group>
+inline void subtract_mean(const float* x, const float* mean, int d, float* delta) {
+    for (int k = 0; k < d; ++k) {
+        Images<group> v;
+        memcpy(&v, x + k * group, sizeof v);
+        v -= mean[k];
+        memcpy(delta + k * group, &v, sizeof v);
+    }
+}
+
 // For `group` images at a time, 1 or a quad, and `block` positions.
 template <int group, int block>
 bool score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
@@ -124,23 +135,23 @@ bool score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     // 16 floats more between positions: a power-of-two stride would fall into one cache set.
     const size_t position_stride = groups * group_size + 16;
     const size_t images = size_t(groups) * group;
-    Pieces pieces = scratch.reserve(block * position_stride + 9 * images + 3 * 16);
+    Pieces pieces = scratch.reserve((block + 1) * position_stride + 9 * images + 4 * 16);
     if (!pieces.next) return false;
     float* x = pieces.take(block * position_stride);
+    float* delta = pieces.take(position_stride);
     Rows* total = reinterpret_cast<Rows*>(pieces.take(8 * images));
     float* squared = pieces.take(images);
-    memset(x, 0, block * position_stride * sizeof(float));  // rows past d
+    memset(delta, 0, position_stride * sizeof(float));  // rows past d
     for (int64_t p0 = begin; p0 < end; p0 += block) {
         const int count = int(min2<int64_t>(block, end - p0));
-        gather<group, block>(f, p0, count, [&](int g, int k, int j, const float* values) {
+        gather<group, block>(f, p0, count, p0 > begin, [&](int g, int k, int j, const float* v) {
             // One store of them all: a load could not be served from four small ones.
-            Images<group> v;
-            memcpy(&v, values, sizeof v);
-            v -= args.mean[(p0 + j) * f.d + k];
-            memcpy(x + j * position_stride + g * group_size + k * group, &v, sizeof v);
+            memcpy(x + j * position_stride + g * group_size + k * group, v, 4 * group);
         });
         for (int64_t p = p0; p < p0 + count; ++p) {
-            const float* delta = x + (p - p0) * position_stride;
+            for (int g = 0; g < groups; ++g)
+                subtract_mean<group>(x + (p - p0) * position_stride + g * group_size,
+                                     args.mean + p * f.d, f.d, delta + g * group_size);
             const auto norms = [&](auto* factor) {
                 factor += p * (sizeof *factor == 1 ? quantized_size(f.d) : packed_size(f.d));
                 if (group == 1)

@@ -31,11 +31,11 @@ SPD_HD static inline const T* panel_of(const T* factor, int r) {
 struct Layer {
     const float* data;
     int channels, height, width;
-    int64_t stride[4];  // in elements
+    int64_t stride[4];            // in elements
+    const int64_t *row, *column;  // where what a row and a column of the grid read begins
 };
 
-// The kept channels of all layers on the first layer's grid; grid row y reads row
-// y * height / grid height of a layer (nearest neighbour).
+// The kept channels of all layers on the first layer's grid, by nearest neighbour.
 struct Features {
     const Layer* layers;
     const int32_t* layer;    // (d,): which layer a kept channel is in
@@ -86,29 +86,43 @@ constexpr int planar_positions = 16;
 static inline bool channels_are_last(const Features& f) { return f.layers[0].stride[1] == 1; }
 
 // Calls put(g, k, j, values) with channel k at position begin + j of the `group` images from number
-// g * group on; past the last image its values stand again. count <= block.
+// g * group on; past the last image its values stand again. count <= block. Neighbours share a cell
+// of the coarser layers: where what was put for position begin - 1 still `stands`, such layers are
+// left out if there is but one position and several images. Then, too, the cells of the next
+// position are asked for, as the images lie too far apart for the processor to foresee them.
 template <int group, int block, class Put>
-static inline void gather(const Features& f, int64_t begin, int count, const Put& put) {
+static inline void gather(const Features& f, int64_t begin, int count, bool stands,
+                          const Put& put) {
+    constexpr bool by_cells = block == 1 && group > 1;
     if (block == 1) count = 1;  // a constant: then there is no loop over j
+    const int64_t y = begin / f.grid_width, u = begin % f.grid_width;
     int64_t place[block];
     for (int k = 0, end; k < f.d; k = end) {
         const Layer& layer = f.layers[f.layer[k]];
         for (end = k + 1; end < f.d && f.layer[end] == f.layer[k];) ++end;  // a run of channels
-        for (int j = 0; j < count; ++j) {
-            const int64_t y = (begin + j) / f.grid_width, u = (begin + j) % f.grid_width;
-            place[j] = y * layer.height / f.grid_height * layer.stride[2] +
-                       u * layer.width / f.grid_width * layer.stride[3];
-        }
+        int64_t row = y, column = u;
+        const auto next_place = [&] {
+            if (++column == f.grid_width) column = 0, ++row;
+            return row < f.grid_height ? layer.row[row] + layer.column[column] : place[0];
+        };
+        place[0] = layer.row[y] + layer.column[u];
+        for (int j = 1; j < count; ++j) place[j] = next_place();
+        const int64_t next = by_cells ? next_place() : place[0];
+        const bool left_out = by_cells && stands && u > 0 && layer.column[u] == layer.column[u - 1];
         for (int g = 0; g * group < f.batch; ++g) {
             const float* s[group];
             for (int b = 0; b < group; ++b)
                 s[b] = layer.data + min2(g * group + b, f.batch - 1) * layer.stride[0];
-            for (int i = k; i < end; ++i)
+            for (int i = k; i < end && !left_out; ++i)
                 for (int j = 0; j < count; ++j) {
                     float values[group];
                     for (int b = 0; b < group; ++b) values[b] = s[b][f.channel[i] + place[j]];
                     put(g, i, j, values);
                 }
+            constexpr int line = 16;
+            for (int b = 0; b < group && next != place[0]; ++b)
+                for (int64_t c = f.channel[k]; c <= f.channel[end - 1]; c += line)
+                    __builtin_prefetch(s[b] + next + c, 0, 2);
         }
     }
 }
