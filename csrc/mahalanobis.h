@@ -86,14 +86,14 @@ constexpr int planar_positions = 16;
 static inline bool channels_are_last(const Features& f) { return f.layers[0].stride[1] == 1; }
 
 // Calls put(g, k, j, values) with channel k at position begin + j of the `group` images from number
-// g * group on; past the last image its values stand again. count <= block. Neighbours share a cell
-// of the coarser layers: where what was put for position begin - 1 still `stands`, such layers are
-// left out if there is but one position and several images. Then, too, the cells of the next
-// position are asked for, as the images lie too far apart for the processor to foresee them.
+// g * group on; past the last image its values stand again. count <= block. With one position at a
+// time, a layer is left out where position begin - 1 read the same cell of it and what was put then
+// still `stands`; and the cells of the next position are asked for, as the images lie too far apart
+// for the processor to foresee them.
 template <int group, int block, class Put>
 static inline void gather(const Features& f, int64_t begin, int count, bool stands,
                           const Put& put) {
-    constexpr bool by_cells = block == 1 && group > 1;
+    constexpr bool by_cells = block == 1;
     if (block == 1) count = 1;  // a constant: then there is no loop over j
     const int64_t y = begin / f.grid_width, u = begin % f.grid_width;
     int64_t place[block];
