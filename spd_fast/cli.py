@@ -240,7 +240,7 @@ def _add_pretrain(commands) -> None:
         help="weights of the backbone to start from: random (default), imagenet, or a file",
     )
     add("--size", type=_positive, help="side of the views, pixels, default 224")
-    add("--batch-size", type=_positive)
+    add("--batch-size", type=_positive, help="of all processes together")
     add("--epochs", type=_positive)
     add("--max-steps", type=_positive, help="stop after so many steps; the schedule spans them")
     add("--optimizer", choices=("sgd", "lars"))
@@ -255,6 +255,20 @@ def _add_pretrain(commands) -> None:
     add("--queue-size", type=_positive, help="MoCo")
     add("--key-momentum", type=float, help="MoCo")
     add("--bn-group", type=_positive, help="MoCo: images that batch norm sees together")
+    add(
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
+        help="batch norm over all processes of torchrun",
+    )
+    add(
+        "--shared-forward",
+        action=argparse.BooleanOptionalAction,
+        help="all views in one pass, normalised together; off by default",
+    )
+    add("--accumulate", type=_positive, help="parts in which a batch passes, default 1")
+    add("--precision", choices=("float32", "bfloat16", "float16"), help="default float32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone")
+    add("--keep", type=int, help="checkpoints of the last epochs to keep, default 0")
     add("--workers", type=_positive, help="threads that read and augment, default 2")
     add("--seed", type=_seed, help="of order, views and first weights, default 0")
     add("--device", help="auto (default), cpu or cuda")

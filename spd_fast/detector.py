@@ -1,9 +1,5 @@
 """What the detectors share: features of a network, the checks around them, and marked files."""
 
-import os
-import shlex
-import shutil
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,22 +26,6 @@ def feature_network(
     _fold_batch_norms(network)
     network = network.to(device, memory_format=torch.channels_last)
     return network, torch.compile(network) if compile else network
-
-
-def check_can_compile(device: torch.device) -> None:
-    """Refuse torch.compile for the CPU without a C++ compiler. It would itself say so only when the
-    first images come, in a long traceback.
-    """
-    if device.type != "cpu" or sys.platform == "win32":
-        return
-    if os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):  # it fetches one
-        return
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if not shutil.which(shlex.split(compiler)[0]):
-        raise InputError(
-            f"torch.compile needs a C++ compiler, but there is no {compiler}: install one, or name "
-            "yours in the environment variable CXX"
-        )
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

@@ -31,7 +31,7 @@ from spd_fast.models import pick_device
 from spd_fast.ops.augment_views import augment_views
 from spd_fast.ops.memory import on_huge_pages
 from spd_fast.recipes import Recipe
-from spd_fast.views import sample_view_params
+from spd_fast.views import COLUMNS, sample_view_params
 
 AHEAD = 2  # batches in the making while the consumer has one
 CHUNK = 16  # images per task: few enough to spread, enough to make the cost of the calls small
@@ -44,6 +44,7 @@ class Batch(NamedTuple):
     views: Tensor  # (V, N, 3, S, S), normalised; views[k] is one contiguous batch of view k
     labels: Tensor  # (N,) int64, class of each image
     indices: Tensor  # (N,) int64, place of each image in the data set; always on the CPU
+    params: Tensor  # (N, V, 27) float32, of the views: see `spd_fast.views`; always on the CPU
 
 
 class ViewLoader:
@@ -162,16 +163,18 @@ class ViewLoader:
 
     def _start(
         self, pool: ThreadPoolExecutor, stop: threading.Event, epoch: int, indices: np.ndarray
-    ) -> tuple[Tensor, np.ndarray, list[Future]]:
+    ) -> tuple[Tensor, Tensor, np.ndarray, list[Future]]:
         """Set the tasks of one batch going; they fill its views and correct its indices."""
         views, indices = self._empty_views(len(indices)), indices.copy()
+        params = torch.empty(len(indices), len(self.recipe), len(COLUMNS))
         tasks = []
         for i in range(0, len(indices), CHUNK):
             part = slice(i, i + CHUNK)
             # The context carries `use_backend` over; each task needs its own copy.
             run = copy_context().run
-            tasks.append(pool.submit(run, self._fill, views[:, part], indices[part], epoch, stop))
-        return views, indices, tasks
+            to = views[:, part], params[part], indices[part]
+            tasks.append(pool.submit(run, self._fill, *to, epoch, stop))
+        return views, params, indices, tasks
 
     def _empty_views(self, n: int) -> Tensor:
         v, s = len(self.recipe), self.size
@@ -194,8 +197,15 @@ class ViewLoader:
         weakref.finalize(array, self._unused.append, kept).atexit = False
         return torch.from_numpy(array)
 
-    def _fill(self, out: Tensor, indices: np.ndarray, epoch: int, stop: threading.Event) -> None:
-        """Read the samples at `indices` (changed where one is replaced), write views to `out`."""
+    def _fill(
+        self,
+        views: Tensor,
+        params: Tensor,
+        indices: np.ndarray,
+        epoch: int,
+        stop: threading.Event,
+    ) -> None:
+        """Read the samples at `indices` (changed where one is replaced), write their views."""
         images = []
         for k, index in enumerate(indices):
             if stop.is_set():
@@ -203,8 +213,8 @@ class ViewLoader:
             image, indices[k] = self._read(int(index))
             images.append(image)
         sizes = [image.shape[:2] for image in images]
-        params = sample_view_params(self.recipe, sizes, indices, epoch, self.seed, self.size)
-        augment_views(images, params, out=out, threads=1)
+        params[:] = sample_view_params(self.recipe, sizes, indices, epoch, self.seed, self.size)
+        augment_views(images, params, out=views, threads=1)
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         """The image at `index`, or the first readable one after it; and its index."""
@@ -222,7 +232,9 @@ class ViewLoader:
                 self.bad_images[str(path)] = str(error)
         raise InputError(f"none of the {n} images of the data can be read")
 
-    def _finish(self, views: Tensor, indices: np.ndarray, tasks: list[Future]) -> Batch:
+    def _finish(
+        self, views: Tensor, params: Tensor, indices: np.ndarray, tasks: list[Future]
+    ) -> Batch:
         started = time.perf_counter()
         for task in tasks:
             task.result()
@@ -232,6 +244,7 @@ class ViewLoader:
             views.to(self.device, non_blocking=True),
             labels.to(self.device, non_blocking=True),
             torch.from_numpy(indices),
+            params,
         )
 
     def _advance(self) -> None:

@@ -1,15 +1,38 @@
-"""The losses of the paper (formulas 1 and 2), SimSiam, MoCo and SimCLR, of (N, D) vectors."""
+"""The losses of the paper (formulas 1 and 2), SimSiam, MoCo and SimCLR, of (N, D) vectors.
+
+Under autocast, too, they are computed in float32: half precision would round the cosines, whose
+differences are what is learnt from.
+"""
+
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+def _in_float32(loss: Callable) -> Callable:
+    @wraps(loss)
+    def computed(*vectors: Tensor, **kwargs) -> Tensor:
+        def widen(value):
+            half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+            return value.float() if half else value
+
+        tensors = [v for v in (*vectors, *kwargs.values()) if isinstance(v, Tensor)]
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return loss(*map(widen, vectors), **{k: widen(v) for k, v in kwargs.items()})
+
+    return computed
+
+
+@_in_float32
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(N,) cosine similarity of the rows of two (N, D) batches."""
     return F.cosine_similarity(a, b, dim=1)
 
 
+@_in_float32
 def simsiam_loss(p: Tensor, p_hat: Tensor, z: Tensor, z_hat: Tensor) -> Tensor:
     """-(cos(p, z_hat) + cos(p_hat, z)) / 2, the mean over the batch.
 
@@ -18,6 +41,7 @@ def simsiam_loss(p: Tensor, p_hat: Tensor, z: Tensor, z_hat: Tensor) -> Tensor:
     return -(cosine(p, z_hat.detach()).mean() + cosine(p_hat, z.detach()).mean()) / 2
 
 
+@_in_float32
 def info_nce(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
     """Formula 1: -log of the softmax share of the positive pair, the mean over the batch.
 
@@ -31,6 +55,7 @@ def info_nce(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.long, device=z.device))
 
 
+@_in_float32
 def moco_loss(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """-log of the softmax share of each query's own key among it and the (K, D) queue, the mean
     over the batch (He et al. 2020, formula 1).
@@ -43,6 +68,7 @@ def moco_loss(queries: Tensor, keys: Tensor, queue: Tensor, temperature: float) 
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
+@_in_float32
 def nt_xent(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
     """NT-Xent (Chen et al. 2020, formula 1): each of the 2 N vectors against all others, of which
     the other view of its image is the positive one; the mean over all.
@@ -53,6 +79,7 @@ def nt_xent(z: Tensor, z_hat: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.arange(len(both), device=z.device).roll(len(z)))
 
 
+@_in_float32
 def spd_loss(z: Tensor, z_neg: Tensor, z_pos: Tensor) -> Tensor:
     """Formula 2: cos(z, z_neg) - cos(z, z_pos), the mean over the batch, in [-2, 2].
 
@@ -61,6 +88,7 @@ def spd_loss(z: Tensor, z_neg: Tensor, z_pos: Tensor) -> Tensor:
     return (cosine(z, z_neg) - cosine(z, z_pos)).mean()
 
 
+@_in_float32
 def spd_cross_entropy(logits_neg: Tensor, logits_pos: Tensor) -> Tensor:
     """The cross-entropy form of SPD ("Xent" of the ablation): class 0 is x_pos, class 1 is x_neg.
 

@@ -1,8 +1,8 @@
 """The ways of pre-training: what each puts on the backbone, and its loss on the views of a batch.
 
 The views of a batch are (V, N, 3, S, S): a method's own, one or two strong ones, then, with SPD,
-x_pos and x_neg. Each view is a pass of its own, SimCLR's two excepted: batch norm sees one kind of
-view at a time.
+x_pos and x_neg. Each view is a pass of its own through the backbone, SimCLR's two excepted: batch
+norm sees one kind of view at a time. With `shared_forward` all views are one pass.
 """
 
 import copy
@@ -13,18 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spd_fast.losses import moco_loss, nt_xent, simsiam_loss
+from spd_fast.distributed import gather, mean_over_ranks, rank, world_size
+from spd_fast.losses import (
+    cosine,
+    moco_loss,
+    nt_xent,
+    simsiam_loss,
+    spd_cross_entropy,
+    spd_loss,
+)
 from spd_fast.models import new_backbone
 
 
 class Method(nn.Module, ABC):
     """A backbone and the heads of a method.
 
-    `loss` gives the method's loss and the projections z of its first view, which SPD compares with
-    those of x_pos and x_neg.
+    Attributes:
+        strong_views: how many views are the method's own.
+        encoded_views: how many of them, the first, pass through the backbone.
+        one_pass: how many of these are one pass.
+        shared_forward: all views are one pass, and batch norm normalises each with the statistics
+            of all kinds together. Faster where a pass alone does not fill the device; other losses.
     """
 
-    strong_views = 2
+    strong_views = encoded_views = 2
+    one_pass = 1
+    shared_forward = False
 
     def __init__(self, backbone: str, zero_init_residual: bool = False):
         super().__init__()
@@ -38,21 +52,56 @@ class Method(nn.Module, ABC):
         """What SPD with cross-entropy needs; made last, so that it changes no other weight."""
         self.spd_classifier = nn.Linear(self.width, 2)
 
+    def forward(self, views: Tensor, labels: Tensor, eta: float) -> dict[str, Tensor]:
+        """Formula 3 and its parts.
+
+        Args:
+            views: (V, N, 3, S, S): the method's own and, with SPD, x_pos, x_neg.
+            labels: (N,) int64, classes; only `Supervised` reads them.
+            eta: weight of the SPD loss.
+
+        Returns:
+            Scalars: "loss" (formula 3), "loss_ssl", with SPD "loss_spd"; and, without gradients,
+            what `collapse_indicators` tells of the projections.
+        """
+        features = self.encode(views)
+        ssl, z = self.loss(features, views, labels)
+        losses = {"loss": ssl, "loss_ssl": ssl}
+        of_spd = []
+        if len(views) == self.strong_views + 2:
+            of_spd = [self.projector(f) for f in features[-2:]]
+            losses["loss_spd"] = self._spd_loss(z, *of_spd, *features[-2:])
+            losses["loss"] = ssl + eta * losses["loss_spd"]
+        return losses | collapse_indicators(z, *of_spd)
+
+    def encode(self, views: Tensor) -> list[Tensor]:
+        """The backbone's features (N, width) of the encoded views, then of x_pos and x_neg."""
+        encoded = [*views[: self.encoded_views], *views[self.strong_views :]]
+        together = len(encoded) if self.shared_forward else self.one_pass
+        if together == 1:
+            return [self.features(view) for view in encoded]
+        shared = self.features(torch.cat(encoded[:together])).chunk(together)
+        return [*shared, *(self.features(view) for view in encoded[together:])]
+
     def features(self, views: Tensor) -> Tensor:
         """(N, 3, S, S) -> the backbone's features (N, width)."""
         return self.backbone(views)
 
-    def project(self, views: Tensor) -> Tensor:
-        """(N, 3, S, S) -> projections z (N, dim)."""
-        return self.projector(self.features(views))
-
-    def tell_apart(self, views: Tensor) -> Tensor:
-        """(N, 3, S, S) -> logits (N, 2) of being an SPD positive, an SPD negative."""
-        return self.spd_classifier(self.features(views))
-
     @abstractmethod
-    def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of views (V, N, 3, S, S) of N images of classes `labels`, and z (N, dim)."""
+    def loss(
+        self, features: Sequence[Tensor], views: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The method's loss, and the projections z (N, dim) of the first view, which SPD compares
+        with those of x_pos and x_neg.
+
+        Args:
+            features: what `encode` made of the views.
+            views: (V, N, 3, S, S).
+            labels: (N,) int64.
+        """
+
+    def before_step(self) -> None:
+        """What has to be done once before each step, however many parts its batch comes in."""
 
     def start_from(self, backbone: nn.Module) -> None:
         """Take over the weights of a torchvision ResNet, its classifier fc aside."""
@@ -62,6 +111,32 @@ class Method(nn.Module, ABC):
     def fixed_rate_parameters(self) -> list[nn.Parameter]:
         """Parameters whose learning rate is no part of the schedule."""
         return []
+
+    def _spd_loss(self, z, z_pos, z_neg, features_pos, features_neg) -> Tensor:
+        if self.spd_classifier is None:
+            return spd_loss(z, z_pos=z_pos, z_neg=z_neg)
+        logits = [self.spd_classifier(f) for f in (features_pos, features_neg)]
+        return spd_cross_entropy(logits_pos=logits[0], logits_neg=logits[1])
+
+
+@torch.no_grad()
+def collapse_indicators(z: Tensor, z_pos: Tensor = None, z_neg: Tensor = None) -> dict[str, Tensor]:
+    """Scalars, of the projections (N, D) of a batch over all ranks.
+
+    "z_std" is the standard deviation of the normalised z: of SimSiam, MoCo and SimCLR about
+    1 / sqrt(D) if they spread over the sphere, 0 if they have collapsed to one point. With SPD
+    "cos_pos" and "cos_neg", the mean cosines of z with z_pos and z_neg, and "spd_margin", by how
+    much more alike the positives are; 1, 1 and 0 if all have collapsed.
+    """
+    unit = F.normalize(z.float(), dim=1).double()
+    count = len(unit) * world_size()
+    mean, square = mean_over_ranks(torch.stack([unit.mean(0), unit.square().mean(0)]))
+    spread = ((square - mean.square()).clamp(min=0) * count / (count - 1)).sqrt().mean()
+    found = {"z_std": spread.float()}
+    if z_pos is not None:
+        found |= {"cos_pos": cosine(z, z_pos).mean(), "cos_neg": cosine(z, z_neg).mean()}
+        found["spd_margin"] = found["cos_pos"] - found["cos_neg"]
+    return found
 
 
 class SimSiam(Method):
@@ -88,9 +163,9 @@ class SimSiam(Method):
         )
         self.predictor = nn.Sequential(*_hidden(dim, predictor_dim), nn.Linear(predictor_dim, dim))
 
-    def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, features, views, labels) -> tuple[Tensor, Tensor]:
         """`losses.simsiam_loss` of two views."""
-        z, z_hat = self.project(views[0]), self.project(views[1])
+        z, z_hat = (self.projector(f) for f in features[:2])
         return simsiam_loss(self.predictor(z), self.predictor(z_hat), z, z_hat), z
 
     def fixed_rate_parameters(self) -> list[nn.Parameter]:
@@ -105,7 +180,8 @@ class MoCo(Method):
     of G groups, queries come in groups of neighbours, keys in groups of every G-th image, so that a
     query and its key share a G-th of the images that they are normalised with. (If they shared all,
     the statistics would tell which key is the query's.) A group has about `bn_group` images, but
-    there are two at least. The running statistics move as far as with one group.
+    there are two at least, and as many for every rank: images move between ranks for their keys.
+    The running statistics move as far as with one group.
 
     Args:
         backbone: name of a torchvision ResNet.
@@ -115,6 +191,8 @@ class MoCo(Method):
         temperature: tau of `losses.moco_loss`.
         bn_group: images that are normalised together; at most an eighth of the batch is best.
     """
+
+    encoded_views = 1
 
     def __init__(
         self,
@@ -139,20 +217,31 @@ class MoCo(Method):
 
     def features(self, views: Tensor) -> Tensor:
         """(N, 3, S, S) -> features (N, width) of the query encoder, in groups of neighbours."""
-        groups = self._groups(len(views))
+        groups = self._groups(len(views)) // world_size()
         return _in_groups(self.backbone, views.tensor_split(groups))
 
-    def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, features, views, labels) -> tuple[Tensor, Tensor]:
         """`losses.moco_loss` of queries of the first view and keys of the second, which then take
         the place of the oldest in the queue."""
-        z = self.project(views[0])
+        z = self.projector(features[0])
         keys = self._keys(views[1])
-        loss = moco_loss(z, keys, self.queue.clone(), self.temperature)
+        own = keys[rank() * len(z) :][: len(z)]
+        loss = moco_loss(z, own, self.queue.clone(), self.temperature)
         with torch.no_grad():
             rows = (self.next_row + torch.arange(len(keys), device=keys.device)) % len(self.queue)
             self.queue[rows] = keys
             self.next_row.copy_((self.next_row + len(keys)) % len(self.queue))
         return loss, z
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """The copy moves."""
+        for key, query in (
+            (self.key_backbone, self.backbone),
+            (self.key_projector, self.projector),
+        ):
+            for k, q in zip(key.parameters(), query.parameters()):
+                k.lerp_(q, 1 - self.key_momentum)
 
     def start_from(self, backbone: nn.Module) -> None:
         """The copy starts from the same."""
@@ -161,20 +250,24 @@ class MoCo(Method):
 
     @torch.no_grad()
     def _keys(self, views: Tensor) -> Tensor:
-        """Normalised keys (N, dim), after the copy has moved one step."""
-        for key, query in (
-            (self.key_backbone, self.backbone),
-            (self.key_projector, self.projector),
-        ):
-            for k, q in zip(key.parameters(), query.parameters()):
-                k.lerp_(q, 1 - self.key_momentum)
-        groups = self._groups(len(views))
-        features = _in_groups(self.key_backbone, [views[g::groups] for g in range(groups)])
+        """Normalised keys (N, dim) of the images of all ranks."""
+        views = gather(views)
+        groups = self._groups(len(views) // world_size())
         order = torch.cat([torch.arange(len(views))[g::groups] for g in range(groups)])
-        return F.normalize(self.key_projector(features[order.argsort()]), dim=1)
+        own = torch.arange(groups).tensor_split(world_size())[rank()]
+        features = _in_groups(self.key_backbone, [views[g::groups] for g in own.tolist()])
+        keys = F.normalize(self.key_projector(features).float(), dim=1)
+        return gather(keys)[order.argsort()]
 
     def _groups(self, images: int) -> int:
-        return max(2, images // self.bn_group)
+        return bn_groups(images, self.bn_group, world_size())
+
+
+def bn_groups(images: int, bn_group: int, ranks: int) -> int:
+    """How many groups MoCo makes of the batches of all ranks, of so many images each: at least two,
+    and as many for every rank."""
+    groups = max(2, images * ranks // bn_group)
+    return -(-groups // ranks) * ranks
 
 
 class SimCLR(Method):
@@ -187,6 +280,8 @@ class SimCLR(Method):
         temperature: tau of `losses.nt_xent`.
     """
 
+    one_pass = 2
+
     def __init__(self, backbone: str = "resnet50", dim: int = 128, temperature: float = 0.1):
         super().__init__(backbone, zero_init_residual=True)
         self.projector = nn.Sequential(
@@ -198,10 +293,10 @@ class SimCLR(Method):
         self.projector[-1].bias.requires_grad_(False)  # it stays 0
         self.temperature = temperature
 
-    def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """`losses.nt_xent` of two views."""
-        z, z_hat = self.project(torch.cat([views[0], views[1]])).chunk(2)
-        return nt_xent(z, z_hat, self.temperature), z
+    def loss(self, features, views, labels) -> tuple[Tensor, Tensor]:
+        """`losses.nt_xent` of two views, of the images of all ranks."""
+        z, z_hat = self.projector(torch.cat(features[:2])).chunk(2)
+        return nt_xent(gather(z), gather(z_hat), self.temperature), z
 
 
 class Supervised(Method):
@@ -212,16 +307,16 @@ class Supervised(Method):
         classes: how many there are.
     """
 
-    strong_views = 1
+    strong_views = encoded_views = 1
 
     def __init__(self, backbone: str = "resnet50", classes: int = 1000):
         super().__init__(backbone)
         self.classifier = nn.Linear(self.width, classes)
 
-    def loss(self, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(self, features, views, labels) -> tuple[Tensor, Tensor]:
         """The cross-entropy of the first view's classes."""
-        z = self.project(views[0])
-        return F.cross_entropy(self.classifier(z), labels), z
+        (z, *_) = features
+        return F.cross_entropy(self.classifier(z).float(), labels), z
 
 
 def _in_groups(backbone: nn.Module, groups: Sequence[Tensor]) -> Tensor:

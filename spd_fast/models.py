@@ -1,5 +1,9 @@
 """Backbones: torchvision ResNets, and reading weights from wherever they are."""
 
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +36,22 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name} was asked for, but torch finds no GPU here")
     return device
+
+
+def check_can_compile(device: torch.device) -> None:
+    """Refuse torch.compile for the CPU without a C++ compiler. It would itself say so only when the
+    first images come, in a long traceback.
+    """
+    if device.type != "cpu" or sys.platform == "win32":
+        return
+    if os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):  # it fetches one
+        return
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(shlex.split(compiler)[0]):
+        raise InputError(
+            f"torch.compile needs a C++ compiler, but there is no {compiler}: install one, or name "
+            "yours in the environment variable CXX"
+        )
 
 
 def resnet_names() -> list[str]:

@@ -63,8 +63,8 @@ def new_optimizer(
     groups = [{"params": learning, "fixed_lr": False}]
     if fixed:
         groups.append({"params": fixed, "fixed_lr": True})
-    cls = {"sgd": torch.optim.SGD, "lars": LARS}[name]
-    return cls(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    return LARS(groups, **rates) if name == "lars" else torch.optim.SGD(groups, **rates, fused=True)
 
 
 def scheduled_lr(schedule: str, initial: float, step: int, steps: int, warmup: int = 0) -> float:

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spd_fast.detector import (
-    check_can_compile,
     check_image_size,
     feature_network,
     read_layers,
@@ -25,7 +24,7 @@ from spd_fast.detector import (
 )
 from spd_fast.errors import InputError
 from spd_fast.files import save_state
-from spd_fast.models import load_backbone, new_backbone, pick_device
+from spd_fast.models import check_can_compile, load_backbone, new_backbone, pick_device
 from spd_fast.ops.factor import converted, factor_width, find_dtype
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
 from spd_fast.ops.memory import on_huge_pages

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from spd_fast.detector import (
-    check_can_compile,
     check_image_size,
     feature_network,
     read_layers,
@@ -25,7 +24,7 @@ from spd_fast.detector import (
 )
 from spd_fast.errors import InputError
 from spd_fast.files import save_state
-from spd_fast.models import load_backbone, new_backbone, pick_device
+from spd_fast.models import check_can_compile, load_backbone, new_backbone, pick_device
 from spd_fast.ops.kcenter import greedy_kcenter
 from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
 from spd_fast.preprocess import Preset, find_preset

@@ -10,11 +10,13 @@ import yaml
 
 from spd_fast.errors import InputError
 from spd_fast.files import write_text
+from spd_fast.methods import bn_groups
 from spd_fast.optim import OPTIMIZERS, SCHEDULES
 
 RECIPE_FILES = Path(__file__).parent / "recipes"
 RECIPES = ("simsiam", "moco", "simclr", "supervised")
 SPD_LOSSES = ("cosine", "xent")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class PretrainConfig:
     backbone: str = "resnet50"
     init: str | Path = "random"  # weights to start from, as `load_backbone` takes them
     size: int = 224  # of the views, pixels
-    batch_size: int | None = None
+    batch_size: int | None = None  # of all processes together
     epochs: int | None = None
     max_steps: int | None = None  # ends the run early; the schedule then spans these steps
     optimizer: str | None = None  # "sgd" or "lars"
@@ -47,6 +49,12 @@ class PretrainConfig:
     queue_size: int | None = None  # MoCo
     key_momentum: float | None = None  # MoCo
     bn_group: int | None = None  # MoCo: images that batch norm sees together
+    sync_bn: bool | None = None  # batch norm over all processes
+    shared_forward: bool = False  # all views in one pass, see `methods.Method`
+    accumulate: int = 1  # parts of a process's batch that pass one after the other
+    precision: str = "float32"  # or "bfloat16", "float16": of the passes, by autocast
+    compile: bool = False  # the backbone, by torch.compile
+    keep: int = 0  # checkpoints of the last epochs that stay beside last.pt and best.pt
     workers: int = 2
     seed: int = 0
     device: str = "auto"
@@ -56,7 +64,10 @@ class PretrainConfig:
 
 # What does not decide the losses: a run goes on whatever these are. (Of `data`, the files' names
 # and classes decide; of `epochs` and `max_steps`, the number of steps.)
-MAY_DIFFER = ("data", "out", "epochs", "max_steps", "workers", "device", "skip_bad_images")
+MAY_DIFFER = (
+    *("data", "out", "epochs", "max_steps", "workers", "device", "skip_bad_images"),
+    *("compile", "keep"),
+)
 METHOD_SETTINGS = ("dim", "predictor_dim", "temperature", "queue_size", "key_momentum", "bn_group")
 
 
@@ -134,11 +145,43 @@ def _is_one_of(value, kinds: tuple) -> bool:
     if float in kinds and isinstance(value, int):
         return True
     if float in kinds and isinstance(value, str):  # YAML reads 1e-4 as text, and 1.0e-4 as a number
-        try:
-            return bool(float(value)) or True
-        except ValueError:
-            return False
+        return _is_number(value)
     return isinstance(value, kinds)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def part_size(config: PretrainConfig, ranks: int) -> int:
+    """Images that pass together: a process's share of the batch, cut into `accumulate` parts.
+
+    Raises:
+        InputError: the parts are not of one size, or too small for batch norm.
+    """
+    names = [f"{ranks} processes"] * (ranks > 1) + [f"{config.accumulate} parts"] * (
+        config.accumulate > 1
+    )
+    among = f" among {' of '.join(reversed(names))}" if names else ""
+    size, rest = divmod(config.batch_size, ranks * config.accumulate)
+    if rest:
+        raise InputError(f"batch_size {config.batch_size} cannot be shared{among}")
+    groups = bn_groups(size, config.bn_group, ranks) if config.recipe == "moco" else ranks
+    if size * ranks < 2 * groups:
+        raise InputError(
+            f"batch_size must be at least {2 * groups * config.accumulate} for batch norm{among}, "
+            f"got {config.batch_size}"
+        )
+    if ranks > 1 and size * ranks % groups:
+        raise InputError(
+            f"batch_size / accumulate must be a multiple of {groups}, as many as MoCo's groups, "
+            f"got {size * ranks}"
+        )
+    return size
 
 
 def _check(config: PretrainConfig) -> None:
@@ -146,6 +189,7 @@ def _check(config: PretrainConfig) -> None:
         ("spd_loss", SPD_LOSSES),
         ("optimizer", OPTIMIZERS),
         ("schedule", SCHEDULES),
+        ("precision", PRECISIONS),
     ):
         if getattr(config, name) not in allowed:
             raise InputError(f"{name} is one of {allowed}, got {getattr(config, name)!r}")
@@ -157,17 +201,14 @@ def _check(config: PretrainConfig) -> None:
             raise InputError(f"{name} must be {rule}, got {value}")
     if config.key_momentum is not None and config.key_momentum > 1:
         raise InputError(f"key_momentum must be at most 1, got {config.key_momentum}")
-    smallest = 4 if config.recipe == "moco" else 2
-    if config.batch_size < smallest:
-        raise InputError(
-            f"batch_size must be at least {smallest} for batch norm, got {config.batch_size}"
-        )
-    for name in ("epochs", "max_steps", "dim", "predictor_dim"):
+    for name in ("epochs", "max_steps", "dim", "predictor_dim", "accumulate"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if config.bn_group is not None and config.bn_group < 2:
         raise InputError(f"bn_group must be at least 2, got {config.bn_group}")
+    if config.keep < 0:
+        raise InputError(f"keep must be at least 0, got {config.keep}")
     if not 0 <= config.warmup_epochs < config.epochs:
         raise InputError(
             f"warmup_epochs must be 0..{config.epochs - 1}, less than epochs, got "

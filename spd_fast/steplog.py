@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spd_fast.distributed import mean_over_ranks, rank, world_size
 from spd_fast.errors import InputError
-from spd_fast.files import write_text
+from spd_fast.files import save_state, write_text
 from spd_fast.loader import Batch, ViewLoader
 
 
@@ -18,21 +19,28 @@ class StepLog:
     """The numbers of every step: metrics.jsonl, TensorBoard and the progress line.
 
     A step is written while the next one is computed: a GPU would have to wait if its loss were read
-    at once. On starting from a checkpoint, what was written after that is dropped.
+    at once. On starting from a checkpoint, what was written after that is dropped. Losses are means
+    over all processes, of which the first writes.
     """
 
     def __init__(self, out: Path, step: int, steps: int, loader: ViewLoader):
-        self.loader, self.pending = loader, None
+        self.out, self.loader, self.pending = out, loader, None
+        self.writes = not rank()
         self.path = out / "metrics.jsonl"
-        self._drop_lines_after(step)
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)
-        self.tensorboard = _tensorboard(out / "tensorboard", step)
+        self.losses: list[float] = []  # of this epoch
+        self.file = self.tensorboard = None
+        if self.writes:
+            self._drop_lines_after(step)
+            self.file = open(self.path, "a", encoding="utf-8", buffering=1)
+            self.tensorboard = _tensorboard(out / "tensorboard", step)
+        self.batch_size = loader.batch_size * world_size()
         self.progress = tqdm(
-            total=steps * loader.batch_size,
-            initial=step * loader.batch_size,
+            total=steps * self.batch_size,
+            initial=step * self.batch_size,
             desc="pretrain",
             unit="image",
             mininterval=0.5,
+            disable=not self.writes,
         )
         self.started = self.last = time.perf_counter()
         self.last_wait = self.loader.wait_seconds
@@ -42,40 +50,50 @@ class StepLog:
 
     def __exit__(self, *error) -> None:
         self.progress.close()
-        self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        for file in (self.file, self.tensorboard):
+            if file:
+                file.close()
 
     def add(self, step: int, batch: Batch, losses: dict[str, Tensor], lr: float) -> None:
+        """Note a step; `losses` are this process's, of one dtype."""
         self.flush()
         now, wait = time.perf_counter(), self.loader.wait_seconds
-        values = torch.stack([loss.detach() for loss in losses.values()])
+        values = mean_over_ranks(torch.stack(list(losses.values())))
         speed = {
             "lr": lr,
-            "images_per_s": self.loader.batch_size / (now - self.last),
+            "images_per_s": self.batch_size / (now - self.last),
             "wait_share": (wait - self.last_wait) / (now - self.last),
         }
-        self.pending = step, list(losses), values, speed, batch.indices
+        self.pending = step, list(losses), values, speed, batch.indices, batch.params
         self.last, self.last_wait = now, wait
 
     def flush(self) -> None:
         """Write the step that is waiting.
 
         Raises:
-            InputError: its loss is not finite.
+            InputError: its loss is not finite; out/not_finite_RANK.pt tells of the batch.
         """
         if self.pending is None:
             return
-        step, names, values, speed, indices = self.pending
+        step, names, values, speed, indices, params = self.pending
         self.pending = None
         numbers = dict(zip(names, values.tolist()))
+        epoch = (step - 1) // len(self.loader)
         if not math.isfinite(numbers["loss"]):
+            path = self.out / f"not_finite_{rank()}.pt"
+            paths = [str(self.loader.data.paths[i]) for i in indices]
+            batch = {"indices": indices, "paths": paths, "params": params}
+            save_state(path, {"step": step, "epoch": epoch, "losses": numbers} | batch)
             raise InputError(
                 f"the loss of step {step} is {numbers['loss']}, on the images {indices.tolist()}: "
-                f"a lower learning rate may help; the last checkpoint is kept"
+                f"a lower learning rate may help; the last checkpoint is kept, and {path} holds "
+                f"the images' paths and the parameters of their views"
             )
+        self.losses = [] if step % len(self.loader) == 1 else self.losses
+        self.losses.append(numbers["loss"])
+        if not self.writes:
+            return
         numbers |= speed
-        epoch = (step - 1) // len(self.loader)
         self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
         if self.tensorboard:
             for name, number in numbers.items():
@@ -84,18 +102,24 @@ class StepLog:
         self.progress.set_postfix_str(
             f"loss {numbers['loss']:.4f}, waiting for data {waiting:.0%}", refresh=False
         )
-        self.progress.update(self.loader.batch_size)
+        self.progress.update(self.batch_size)
+
+    def epoch_loss(self) -> float:
+        """The mean of the epoch so far."""
+        return sum(self.losses) / len(self.losses)
 
     def _drop_lines_after(self, step: int) -> None:
         kept = []
         if step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
-                    number = json.loads(line)["step"]
+                    numbers = json.loads(line)
                 except ValueError:  # cut off when the machine went down
                     continue
-                if number <= step:
+                if numbers["step"] <= step:
                     kept.append(line + "\n")
+                    if numbers["epoch"] == step // len(self.loader):
+                        self.losses.append(numbers["loss"])
         write_text(self.path, "".join(kept))
 
 

@@ -13,14 +13,14 @@ import torchvision
 from pretrain_runs import config, signal_at, trace, write_images
 from torch.nn.functional import cosine_similarity
 
-from spd_fast import pretrain as module
-from spd_fast import recipes
+from spd_fast import checkpoints, recipes
+from spd_fast.checkpoints import Run, save_checkpoint
 from spd_fast.errors import InputError
 from spd_fast.loader import ViewLoader
 from spd_fast.methods import SimSiam
 from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.optim import new_optimizer, scheduled_lr
-from spd_fast.pretrain import Run, pretrain, save_checkpoint
+from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.pretrain_config import read_config, resolved
 
 
@@ -42,7 +42,7 @@ import os, sys
 import pytest, torch
 sys.path.insert(0, {tests!r})
 from pretrain_runs import config, signal_at
-from spd_fast.pretrain import pretrain
+from spd_fast.pretrain import SAVED, pretrain
 torch.set_num_threads(1)
 with pytest.MonkeyPatch.context() as patch:
     signal_at(5, {number}, patch)
@@ -72,8 +72,8 @@ def uninterrupted(data, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     ("number", "status", "saved"),
-    [(signal.SIGKILL, -signal.SIGKILL, 3), (signal.SIGTERM, 143, 5)],
-    ids=["SIGKILL", "SIGTERM"],
+    [(signal.SIGKILL, -signal.SIGKILL, 3), (signal.SIGTERM, SAVED, 5), (signal.SIGUSR1, SAVED, 5)],
+    ids=["SIGKILL", "SIGTERM", "SIGUSR1"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(
     data, uninterrupted, number, status, saved, tmp_path
@@ -139,7 +139,7 @@ def test_a_schedule_of_another_length_is_refused(data, uninterrupted):
 
 def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch):
     """The loss of the last step is still finite; its update is not."""
-    monkeypatch.setattr(module, "scheduled_lr", lambda *_: float("inf"))
+    monkeypatch.setattr(checkpoints, "scheduled_lr", lambda *_: float("inf"))
     with pytest.raises(InputError, match="weights .* are not finite"):
         pretrain(config(data, tmp_path, max_steps=1))
     assert not (tmp_path / "last.pt").exists()
@@ -253,7 +253,7 @@ def test_cross_entropy_spd_equals_a_plain_loop(data, tmp_path):
     optimizers = [torch.optim.SGD(group, rate, 0.9, weight_decay=1e-4) for group in groups]
     batches = ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7)
     for batch, line in zip(batches, trace(tmp_path)):
-        z, z_hat = model.project(batch.views[0]), model.project(batch.views[1])
+        z, z_hat = (model.projector(model.backbone(v)) for v in batch.views[:2])
         p, p_hat = model.predictor(z), model.predictor(z_hat)
         ssl = -cosine_similarity(p, z_hat.detach()) / 2 - cosine_similarity(p_hat, z.detach()) / 2
         of_pos, of_neg = (classifier(model.backbone(view)).softmax(1) for view in batch.views[2:])
@@ -292,7 +292,7 @@ def test_the_first_weights_are_needed_only_once(data, tmp_path, monkeypatch):
     torch.save(torchvision.models.resnet18().state_dict(), start)
     started = config(data, tmp_path / "run", init=start)
     signal_at(1, signal.SIGTERM, monkeypatch)
-    assert pretrain(started) == 143
+    assert pretrain(started) == SAVED
     start.unlink()
     assert pretrain(replace(started, resume=True)) == 0
 
@@ -338,14 +338,14 @@ def test_tensorboard_is_optional(data, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("step", [5, 6])  # 6 ends an epoch: it would be saved
 def test_a_loss_that_is_not_finite_stops_the_run(step, data, tmp_path, monkeypatch):
-    compute, calls = module.compute_losses, []
+    forward, calls = SimSiam.forward, []
 
-    def compute_losses(*args):
-        losses = compute(*args)
+    def broken(*args):
+        losses = forward(*args)
         calls.append(1)
         return losses | {"loss": losses["loss"] * (torch.nan if len(calls) == step else 1)}
 
-    monkeypatch.setattr(module, "compute_losses", compute_losses)
+    monkeypatch.setattr(SimSiam, "forward", broken)
     with pytest.raises(InputError) as caught:
         pretrain(config(data, tmp_path))
     loader = ViewLoader(data, recipes.simsiam(), 8, size=32, seed=7)
@@ -360,9 +360,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(step, data, tmp_path, monkeypat
 def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     model = SimSiam("resnet18", 64, 16)
     optimizer = new_optimizer("sgd", model, 0.1, 0.9, 0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     loader = ViewLoader(data, recipes.simsiam(), 8)
     path = tmp_path / "last.pt"
-    run = Run(resolved(config(data, tmp_path)), model, optimizer, loader, lr=0.1, steps=9, step=1)
+    run = Run(
+        resolved(config(data, tmp_path)), model, optimizer, scaler, loader, 0.1, steps=9, step=1
+    )
     save_checkpoint(path, run)
     run.step = 2
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,0 +1,219 @@
+"""Processes of `torchrun` on the CPU: they train what one trains, and survive a killed one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pretrain_runs import config, trace, write_images
+
+from spd_fast.distributed import gather, mean_over_ranks, process_group, world_size
+from spd_fast.errors import InputError
+from spd_fast.models import read_checkpoint
+from spd_fast.pretrain import pretrain
+from spd_fast.pretrain_config import part_size, resolved
+
+TESTS = str(Path(__file__).parent)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+def torchrun(code: str, ranks: int = 2, *options: str) -> subprocess.CompletedProcess:
+    """Run Python code in `ranks` processes; `out` of each is what it printed last."""
+    program = f"import sys; sys.path.insert(0, {TESTS!r}); import torch; torch.set_num_threads(1)\n"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", *options, "--no-python", sys.executable, "-c"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, program + code], capture_output=True, text=True, env=environment, timeout=300
+    )
+    return done
+
+
+def check(code: str, ranks: int = 2) -> None:
+    done = torchrun(code, ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def pretrain_in(ranks: int, data, out, *options: str, **kwargs) -> subprocess.CompletedProcess:
+    return torchrun(
+        "from pretrain_runs import config\n"
+        "from spd_fast.pretrain import pretrain\n"
+        f"sys.exit(pretrain(config({str(data)!r}, {str(out)!r}, **{kwargs!r})))",
+        ranks,
+        *options,
+    )
+
+
+# ---------------------------------------------------------------------------------------- the parts
+
+
+def test_alone_nothing_happens():
+    x = torch.randn(3, 2)
+    assert world_size() == 1 and gather(x) is x and mean_over_ranks(x) is x
+    with process_group(torch.device("cpu")) as device:
+        assert device.type == "cpu" and world_size() == 1
+
+
+GATHER = """
+import torch.distributed as dist
+from spd_fast.distributed import *
+from spd_fast.losses import nt_xent
+with process_group(torch.device("cpu")):
+    torch.manual_seed(0)
+    z, z_hat = torch.randn(2, 8, 5, dtype=torch.float64)
+    own = slice(4 * rank(), 4 * rank() + 4)
+    mine, mine_hat = (v[own].clone().requires_grad_() for v in (z, z_hat))
+    loss = nt_xent(gather(mine), gather(mine_hat), 0.2)
+    loss.backward()
+    z.requires_grad_(), z_hat.requires_grad_()
+    whole = nt_xent(z, z_hat, 0.2)
+    whole.backward()
+    assert torch.equal(loss, whole)
+    # DistributedDataParallel divides the sum over ranks by their number
+    torch.testing.assert_close(mine.grad / 2, z.grad[own])
+    torch.testing.assert_close(mine_hat.grad / 2, z_hat.grad[own])
+    assert mean_over_ranks(torch.tensor(float(rank()))) == 0.5 and highest(rank()) == 1
+"""
+
+
+def test_gathered_losses_have_the_gradient_of_one_process():
+    check(GATHER)
+
+
+BATCH_NORM = """
+import copy
+from torch.nn.parallel import DistributedDataParallel
+from spd_fast.distributed import *
+with process_group(torch.device("cpu")) as device:
+    torch.manual_seed(0)
+    layers = {(8, 3, 4, 5): nn.BatchNorm2d(3), (8, 6): nn.BatchNorm1d(6, affine=False)}
+    for shape, layer in layers.items():
+        x = torch.randn(shape, dtype=torch.float64) * 3 + 1
+        weight = torch.randn(shape, dtype=torch.float64)
+        layer = layer.double()
+        ours = sync_batch_norms(copy.deepcopy(layer), device)
+        own = slice(4 * rank(), 4 * rank() + 4)
+        mine, x = x[own].clone().requires_grad_(), x.requires_grad_()
+        y, expected = ours(mine), layer(x)
+        (y * weight[own]).sum().backward(), (expected * weight).sum().backward()
+        torch.testing.assert_close(y, expected[own])
+        torch.testing.assert_close(mine.grad, x.grad[own])
+        for name, value in layer.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name], value)
+        torch.testing.assert_close(ours.eval()(mine), layer.eval()(x)[own])
+"""
+
+
+def test_synchronised_batch_norm_equals_torchs_on_one_process():
+    check(BATCH_NORM)
+
+
+# ----------------------------------------------------------------------------------------- training
+
+SETTINGS = {
+    "simsiam": {},
+    "moco": {"dim": 16, "queue_size": 16, "bn_group": 4},
+    "simclr": {"dim": 16, "warmup_epochs": 0, "lr": 0.05},
+}
+
+
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_two_processes_train_what_one_trains(recipe, data, tmp_path):
+    settings = {"recipe": recipe, "epochs": 1, **SETTINGS[recipe]}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert pretrain(config(data, tmp_path / "one", **settings)) == 0
+    torch.set_num_threads(threads)
+    done = pretrain_in(2, data, tmp_path / "two", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    # SimSiam's normalised projections of 8 images are sensitive: rounding grows by the step
+    for step, (a, b) in enumerate(zip(one, two)):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4 * 10**step, abs=1e-5 * 10**step), (
+                name,
+                step,
+            )
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+    load = [read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two")]
+    assert load[0]["loader"] == load[1]["loader"]
+    assert load[0]["model"].keys() == load[1]["model"].keys()
+
+
+KILLED = """
+import os, signal
+import spd_fast.pretrain as module
+from pretrain_runs import config
+from spd_fast.distributed import rank
+train_step, calls = module.train_step, []
+def killed(*args):
+    calls.append(1)
+    if len(calls) == 5 and rank() == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(*args)
+module.train_step = killed
+sys.exit(module.pretrain(config({data!r}, {out!r}, resume="auto")))
+"""
+
+
+def test_the_job_comes_back_after_a_killed_process(data, tmp_path):
+    """Killed in step 5 of 9; the checkpoint is of step 3."""
+    out = tmp_path / "run"
+    done = torchrun(KILLED.format(data=str(data), out=str(out)), 2, "--max-restarts=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Signal 9" in done.stderr or "exitcode: -9" in done.stderr, done.stderr[-3000:]
+    assert [line["step"] for line in trace(out)] == list(range(1, 10))
+    assert read_checkpoint(out / "last.pt")["step"] == 9
+
+
+STOPPED = """
+import os, signal
+import spd_fast.pretrain as module
+from pretrain_runs import config
+from spd_fast.distributed import rank
+train_step, calls = module.train_step, []
+def signalled(*args):
+    calls.append(1)
+    if len(calls) == 2 and rank() == 1:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return train_step(*args)
+module.train_step = signalled
+assert module.pretrain(config({data!r}, {out!r})) == module.SAVED
+"""
+
+
+def test_a_signal_to_one_process_stops_all(data, tmp_path):
+    out = tmp_path / "run"
+    check(STOPPED.format(data=str(data), out=str(out)))
+    assert read_checkpoint(out / "last.pt")["step"] == 2
+    # one process goes on where two have stopped
+    assert pretrain(config(data, out, resume="auto", max_steps=None)) == 0
+    assert len(trace(out)) == 9
+
+
+def test_batches_that_cannot_be_shared_are_refused(data, tmp_path):
+    for settings, ranks, message in (
+        ({"batch_size": 8}, 3, "batch_size 8 cannot be shared among 3 processes"),
+        ({"batch_size": 8, "accumulate": 3}, 1, "batch_size 8 cannot be shared among 3 parts"),
+        ({"batch_size": 8, "accumulate": 3}, 2, "shared among 3 parts of 2 processes"),
+        ({"batch_size": 1}, 1, "batch_size must be at least 2 for batch norm, got 1"),
+        ({"batch_size": 8, "accumulate": 8}, 1, "must be at least 16 for batch norm among 8 parts"),
+        ({"recipe": "moco", "batch_size": 3, "queue_size": 8, "bn_group": 2}, 1, "at least 4"),
+        (
+            {"recipe": "moco", "batch_size": 14, "queue_size": 16, "bn_group": 4},
+            2,
+            "a multiple of 4, as many as MoCo's groups, got 14",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            part_size(resolved(config(data, tmp_path, **settings)), ranks)
+    assert part_size(resolved(config(data, tmp_path, batch_size=24, accumulate=3)), 2) == 4
