@@ -124,6 +124,8 @@ class CpuSyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        dtype = x.dtype
+        x = x.to(self.running_mean.dtype)  # statistics of halves are taken in float32
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         mean = _Sum.apply(x.mean(axes)) / world_size()
@@ -135,7 +137,9 @@ class CpuSyncBatchNorm(_BatchNorm):
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             self.num_batches_tracked.add_(1)
         y = centred * (variance + self.eps).rsqrt().view(shape)
-        return y if self.weight is None else y * self.weight.view(shape) + self.bias.view(shape)
+        if self.weight is not None:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(dtype)
 
 
 def averaged(model: nn.Module) -> nn.Module:

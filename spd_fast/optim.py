@@ -54,9 +54,18 @@ class LARS(torch.optim.Optimizer):
 
 
 def new_optimizer(
-    name: str, method: Method, lr: float, momentum: float, weight_decay: float
+    name: str,
+    method: Method,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    scaled: bool = False,
 ) -> torch.optim.Optimizer:
-    """Over all parameters that learn; the schedule leaves groups with "fixed_lr" alone."""
+    """Over all parameters that learn; the schedule leaves groups with "fixed_lr" alone.
+
+    `scaled`: a GradScaler stands before it, which leaves out steps. If the first one is left out,
+    torch's fused SGD goes on from a momentum that was never initialised.
+    """
     fixed = method.fixed_rate_parameters()
     apart = {id(p) for p in fixed}
     learning = [p for p in method.parameters() if p.requires_grad and id(p) not in apart]
@@ -64,7 +73,9 @@ def new_optimizer(
     if fixed:
         groups.append({"params": fixed, "fixed_lr": True})
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-    return LARS(groups, **rates) if name == "lars" else torch.optim.SGD(groups, **rates, fused=True)
+    if name == "lars":
+        return LARS(groups, **rates)
+    return torch.optim.SGD(groups, **rates, fused=not scaled)
 
 
 def scheduled_lr(schedule: str, initial: float, step: int, steps: int, warmup: int = 0) -> float:

@@ -186,8 +186,11 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
         for encoder in {model.backbone, getattr(model, "key_backbone", model.backbone)}:
             encoder.compile()  # in place: the state dict keeps its names
     lr = config.lr * config.batch_size / 256
-    optimizer = new_optimizer(config.optimizer, model, lr, config.momentum, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
+    scaled = config.precision == "float16"
+    optimizer = new_optimizer(
+        config.optimizer, model, lr, config.momentum, config.weight_decay, scaled
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     steps = min(config.epochs * len(loader), config.max_steps or math.inf)
     return Run(config, model, optimizer, scaler, loader, lr, steps)
 

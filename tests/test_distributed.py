@@ -108,6 +108,9 @@ with process_group(torch.device("cpu")) as device:
         for name, value in layer.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], value)
         torch.testing.assert_close(ours.eval()(mine), layer.eval()(x)[own])
+        half, wide = ours.train().float()(x[own].bfloat16()), ours(x[own].float())
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), wide, atol=0.05, rtol=0.05)
 """
 
 
