@@ -380,21 +380,29 @@ def _predict(options) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = _command(
-        commands, "export", _export, "write a saved PaDiM as a program that runs on plain torch"
+    parser = _command(commands, "export", _export, "write for others what was fitted or trained")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--model", help="a PaDiM that evaluate --save-models wrote: as a program of plain torch"
     )
-    parser.add_argument("--model", required=True, help="what evaluate --save-models wrote")
-    parser.add_argument("--out", default="padim.pt2", help="program to write")
+    source.add_argument(
+        "--checkpoint", help="of pretrain: its backbone as a state dict for torchvision and timm"
+    )
+    parser.add_argument("--out", help="file to write; default padim.pt2 or backbone.pth")
     parser.add_argument(
-        "--batch", type=_positive, help="the only number of images it takes at a time; default any"
+        "--batch", type=_positive, help="the only number of images a program takes; default any"
     )
 
 
 def _export(options) -> None:
-    from spd_fast.export import export_padim
+    from spd_fast.export import export_backbone, export_padim
 
-    takes = export_padim(options.model, options.out, options.batch)
-    print(f"written: {options.out}, takes {takes}")
+    if options.checkpoint:
+        out = options.out or "backbone.pth"
+        print(f"written: {out}, a {export_backbone(options.checkpoint, out)} of torchvision")
+        return
+    out = options.out or "padim.pt2"
+    print(f"written: {out}, takes {export_padim(options.model, out, options.batch)}")
 
 
 def _add_report(commands) -> None:

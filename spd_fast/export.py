@@ -1,4 +1,6 @@
-"""A saved PaDiM as one program of plain torch operators, which runs where spd-fast is not."""
+"""What we made in the formats of others: a saved PaDiM as one program of plain torch operators, the
+backbone of a checkpoint as torchvision's state dict.
+"""
 
 from pathlib import Path
 
@@ -7,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spd_fast.errors import InputError
-from spd_fast.files import torch_path
+from spd_fast.files import save_state, torch_path
+from spd_fast.models import new_backbone, read_checkpoint
 from spd_fast.padim import PaDiM
 from spd_fast.reference import smooth_upsample_matrix
 
@@ -46,6 +49,28 @@ def export_padim(model_path: str | Path, out: str | Path, batch: int | None = No
         torch.export.save(exported, temporary)
     height, width = model.image_size
     return f"({batch or 'B'}, 3, {height}, {width}) images prepared as by preset {model.preset!r}"
+
+
+def export_backbone(checkpoint: str | Path, out: str | Path) -> str:
+    """Write the backbone of a checkpoint of pre-training as a state dict of torchvision.
+
+    It has all that `torchvision.models.resnet50().load_state_dict(torch.load(out))` asks for, and
+    what timm's ResNets of the same name do: `timm.create_model("resnet50", checkpoint_path=out)`.
+    anomalib takes the torchvision network as a backbone. The classifier fc, of 1000 classes, is all
+    zeros: the features are what was learnt.
+
+    Returns:
+        The backbone's name.
+
+    Raises:
+        InputError: no checkpoint of ours, or `out` cannot be written.
+    """
+    state = read_checkpoint(checkpoint)
+    name = state["config"]["backbone"]
+    width = new_backbone(name).fc.in_features
+    fc = {"fc.weight": torch.zeros(1000, width), "fc.bias": torch.zeros(1000)}
+    save_state(out, {k: v.contiguous() for k, v in state["backbone"].items()} | fc)
+    return name
 
 
 class _Program(nn.Module):

@@ -89,7 +89,8 @@ class StepLog:
                 f"a lower learning rate may help; the last checkpoint is kept, and {path} holds "
                 f"the images' paths and the parameters of their views"
             )
-        self.losses = [] if step % len(self.loader) == 1 else self.losses
+        if (step - 1) % len(self.loader) == 0:
+            self.losses = []
         self.losses.append(numbers["loss"])
         if not self.writes:
             return

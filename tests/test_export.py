@@ -2,12 +2,17 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+import torchvision
+from pretrain_runs import config, write_images
 
 from spd_fast import InputError, PaDiM
 from spd_fast.cli import main
 from spd_fast.export import export_padim
+from spd_fast.models import FeatureLayers, load_backbone
 from spd_fast.patchcore import FORMAT as PATCHCORE
+from spd_fast.pretrain import pretrain
 
 
 def fitted(path, preset="paper", factor_dtype="float32"):
@@ -123,3 +128,64 @@ def test_a_failed_write_leaves_the_old_program(tmp_path, monkeypatch):
         export_padim(tmp_path / "padim.pt", tmp_path / "padim.pt2")
     assert (tmp_path / "padim.pt2").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["padim.pt", "padim.pt2"]
+
+
+# ---------------------------------------------------------------------------------------- backbones
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """A checkpoint whose backbone has moved from where it started, and what was exported of it."""
+    directory = tmp_path_factory.mktemp("backbone")
+    (directory / "images").mkdir()
+    images = write_images(directory / "images")
+    assert pretrain(config(images, directory / "run", max_steps=1, spd=False)) == 0
+    checkpoint = directory / "run" / "last.pt"
+    command = ["export", f"--checkpoint={checkpoint}", f"--out={directory}/backbone.pth"]
+    assert main(command) == 0
+    return load_backbone("resnet18", checkpoint).eval(), directory / "backbone.pth"
+
+
+def test_torchvision_and_timm_take_the_backbone(backbone):
+    ours, path = backbone
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ours.fc = torch.nn.Identity()
+    with torch.no_grad():
+        expected = ours(images)
+        theirs = torchvision.models.resnet18()
+        theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
+        assert not theirs.eval()(images).any()  # the classifier has not learnt anything
+        theirs.fc = torch.nn.Identity()
+        torch.testing.assert_close(theirs(images), expected)
+        timms = timm.create_model("resnet18", checkpoint_path=str(path)).eval()
+        found = timms.forward_head(timms.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_anomalib_takes_the_backbone(backbone):
+    """As a network, and as timm's of that name."""
+    from anomalib.models.components.feature_extractors import TimmFeatureExtractor
+
+    ours, path = backbone
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    network = torchvision.models.resnet18()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    layers = ["layer1", "layer2", "layer3"]
+    named = TimmFeatureExtractor("resnet18", layers, pre_trained=False)
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith(("layer4", "fc"))}
+    named.feature_extractor.load_state_dict(state)
+    with torch.no_grad():
+        expected = FeatureLayers(ours)(images)
+        for extractor in (TimmFeatureExtractor(network.eval(), layers), named.eval()):
+            found = extractor(images)
+            for name, layer in zip(layers, expected):
+                torch.testing.assert_close(found[name], layer, rtol=1e-4, atol=1e-5)
+
+
+def test_backbones_are_exported_from_checkpoints_only(backbone, tmp_path, capsys):
+    for wrong in (backbone[1], tmp_path / "nowhere.pt"):
+        assert main(["export", f"--checkpoint={wrong}", f"--out={tmp_path}/out.pth"]) == 2
+        assert str(wrong) in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
+    with pytest.raises(SystemExit):
+        main(["export", "--out=x.pth"])
