@@ -210,13 +210,13 @@ class ViewLoader:
         for k, index in enumerate(indices):
             if stop.is_set():
                 return
-            image, indices[k] = self._read(int(index))
+            image, indices[k] = self.read(int(index))
             images.append(image)
         sizes = [image.shape[:2] for image in images]
         params[:] = sample_view_params(self.recipe, sizes, indices, epoch, self.seed, self.size)
         augment_views(images, params, out=views, threads=1)
 
-    def _read(self, index: int) -> tuple[np.ndarray, int]:
+    def read(self, index: int) -> tuple[np.ndarray, int]:
         """The image at `index`, or the first readable one after it; and its index."""
         n = len(self.data)
         for step in range(n):

@@ -37,6 +37,7 @@ from spd_fast.pretrain_config import (
     resolved,
     write_config,
 )
+from spd_fast.run_page import write_run_page
 from spd_fast.steplog import StepLog
 
 METHODS = {"simsiam": SimSiam, "moco": MoCo, "simclr": SimCLR, "supervised": Supervised}
@@ -48,8 +49,9 @@ def pretrain(config: PretrainConfig) -> int:
 
     Writes into `config.out`: last.pt after every epoch, at the end, and on SIGINT, SIGTERM or
     SIGUSR1; best.pt, of the epoch of lowest mean loss, and epoch_*.pt of the last `config.keep`;
-    metrics.jsonl, one line per step; tensorboard/, if that is installed; config.yaml, from which
-    `spd-fast pretrain --config` repeats the run, and run.json: device, steps, versions. A run that
+    metrics.jsonl, one line per step, and run.html, its curves and example views; tensorboard/, if
+    that is installed; config.yaml, from which `spd-fast pretrain --config` repeats the run, and
+    run.json: device, steps, versions. A run that
     goes on from a checkpoint ends on a CPU with the same bits as one that was never interrupted,
     given the same number of torch threads.
 
@@ -156,6 +158,7 @@ def _save(run: Run, out: Path, epoch_loss: float) -> None:
     best = epoch_loss < run.best_loss
     run.best_loss = min(epoch_loss, run.best_loss)
     save_checkpoint(out / "last.pt", run)
+    write_run_page(out, run.config, run.loader)
     if epoch_loss < math.inf:
         keep_checkpoint(out / "last.pt", run.step // len(run.loader), run.config.keep, best)
 

@@ -97,14 +97,7 @@ def write_report(runs: list[dict], path: str | Path, title: str) -> None:
     """
     if not runs:
         raise InputError("there is no run to report, expected at least one")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = template("report.html.j2").render(
         title=title,
         runs=runs,
         summary=_summary(runs),
@@ -116,6 +109,18 @@ def write_report(runs: list[dict], path: str | Path, title: str) -> None:
         plot=PLOT,
     )
     files.write_text(path, page)
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of `templates/`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def format_table(runs: list[dict]) -> str:

@@ -1,5 +1,6 @@
 """Pictures to look at: the views of an image, and a scored image with its heat map."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -43,26 +44,32 @@ def write_views_sheet(
         raise InputError(f"the picture must be a .png or .jpg file, got {out}")
     image = read_image(image_path)
     views = getattr(recipes, recipe)()
-    params = torch.cat(
-        [sample_view_params(views, [image.shape[:2]], [0], e, seed, size) for e in range(rows)]
-    )
-    made = augment_views([image] * rows, params, size, dtype=torch.uint8)
-    names = NAMES[len(views)]
-    pitch_x, pitch_y = size + MARGIN, size + CAPTION + MARGIN
-    sheet = Image.new(
-        "RGB", (pitch_x * (len(names) + 1) + MARGIN, pitch_y * rows + MARGIN), BACKGROUND
-    )
-    original = Image.fromarray(image)
-    original.thumbnail((size, size))
-    for row in range(rows):
-        y = MARGIN + row * pitch_y
-        _place(sheet, original, MARGIN, y, "image", f"{image.shape[1]} x {image.shape[0]}", size)
-        for v, name in enumerate(names):
-            pixels = np.ascontiguousarray(made[v, row].permute(1, 2, 0).numpy())
-            x = MARGIN + (v + 1) * pitch_x
-            _place(sheet, Image.fromarray(pixels), x, y, name, _describe(params[row, v]), size)
+    sheet = views_sheet(views, [(image, 0, epoch) for epoch in range(rows)], size, seed)
     with atomic_path(out) as temporary:
         sheet.save(temporary)
+
+
+def views_sheet(
+    recipe: recipes.Recipe, rows: Sequence[tuple[np.ndarray, int, int]], size: int, seed: int
+) -> Image.Image:
+    """A picture with one row per image, (image, its index, epoch), and its views, labelled."""
+    names = NAMES[len(recipe)]
+    pitch_x, pitch_y = size + MARGIN, size + CAPTION + MARGIN
+    sheet = Image.new(
+        "RGB", (pitch_x * (len(names) + 1) + MARGIN, pitch_y * len(rows) + MARGIN), BACKGROUND
+    )
+    for row, (image, index, epoch) in enumerate(rows):
+        params = sample_view_params(recipe, [image.shape[:2]], [index], epoch, seed, size)
+        made = augment_views([image], params, size, dtype=torch.uint8)
+        y = MARGIN + row * pitch_y
+        original = Image.fromarray(image)
+        original.thumbnail((size, size))
+        _place(sheet, original, MARGIN, y, "image", f"{image.shape[1]} x {image.shape[0]}", size)
+        for v, name in enumerate(names):
+            pixels = np.ascontiguousarray(made[v, 0].permute(1, 2, 0).numpy())
+            x = MARGIN + (v + 1) * pitch_x
+            _place(sheet, Image.fromarray(pixels), x, y, name, _describe(params[0, v]), size)
+    return sheet
 
 
 def _place(sheet, picture, x: int, y: int, title: str, text: str, size: int) -> None:
