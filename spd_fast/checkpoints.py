@@ -11,6 +11,7 @@ from torch import nn
 
 from spd_fast.errors import InputError
 from spd_fast.files import atomic_path, save_state
+from spd_fast.knn import KnnMonitor
 from spd_fast.loader import ViewLoader
 from spd_fast.methods import Method
 from spd_fast.models import CHECKPOINT_FORMAT, CHECKPOINT_VERSION, read_checkpoint
@@ -29,10 +30,11 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     loader: ViewLoader
+    knn: KnnMonitor | None  # of the process that writes
     lr: float  # before the schedule
     steps: int  # of the whole run
     step: int = 0  # done
-    best_loss: float = float("inf")  # the lowest mean over an epoch
+    best: float = float("-inf")  # of the scores of the epochs
     trained: nn.Module = field(init=False)  # the model, its gradients averaged over all processes
 
     def __post_init__(self):
@@ -63,7 +65,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "config": settings(run.config),
         "step": run.step,
         "steps": run.steps,
-        "best_loss": run.best_loss,
+        "best": run.best,
         "model": run.model.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
@@ -136,7 +138,7 @@ def restore(run: Run, state: dict) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    run.step, run.best_loss = state["step"], state["best_loss"]
+    run.step, run.best = state["step"], state["best"]
 
 
 def _hash_of_labels(loader: ViewLoader) -> str:

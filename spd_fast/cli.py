@@ -268,6 +268,13 @@ def _add_pretrain(commands) -> None:
     add("--accumulate", type=_positive, help="parts in which a batch passes, default 1")
     add("--precision", choices=("float32", "bfloat16", "float16"), help="default float32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone")
+    add(
+        "--knn",
+        nargs="+",
+        metavar="DIR",
+        help="other images in folders by class: after each epoch, see how well nearest neighbours "
+        "in the features tell their classes",
+    )
     add("--keep", type=int, help="checkpoints of the last epochs to keep, default 0")
     add("--workers", type=_positive, help="threads that read and augment, default 2")
     add("--seed", type=_seed, help="of order, views and first weights, default 0")

@@ -26,6 +26,7 @@ from spd_fast.distributed import (
 from spd_fast.errors import InputError
 from spd_fast.files import make_output_dir, write_json
 from spd_fast.info import versions
+from spd_fast.knn import KnnMonitor
 from spd_fast.loader import Batch, ViewLoader
 from spd_fast.methods import Method, MoCo, SimCLR, SimSiam, Supervised
 from spd_fast.models import check_can_compile, load_backbone, pick_device
@@ -48,7 +49,8 @@ def pretrain(config: PretrainConfig) -> int:
     """Pre-train a backbone; what `spd_fast.models.load_backbone` reads is `out/last.pt`.
 
     Writes into `config.out`: last.pt after every epoch, at the end, and on SIGINT, SIGTERM or
-    SIGUSR1; best.pt, of the epoch of lowest mean loss, and epoch_*.pt of the last `config.keep`;
+    SIGUSR1; best.pt, of the epoch of the lowest mean loss or, with `config.knn`, of the highest
+    accuracy, and epoch_*.pt of the last `config.keep`;
     metrics.jsonl, one line per step, and run.html, its curves and example views; tensorboard/, if
     that is installed; config.yaml, from which `spd-fast pretrain --config` repeats the run, and
     run.json: device, steps, versions. A run that
@@ -125,7 +127,7 @@ def _train(run: Run, out: Path) -> int:
             if stop or run.step == run.steps or epoch_ends:
                 log.flush()  # refuses a loss that is not finite before it gets into a checkpoint
                 if not rank():
-                    _save(run, out, log.epoch_loss() if epoch_ends else math.inf)
+                    _save(run, out, log, epoch_ends)
             if stop:
                 return stop
     return 0
@@ -154,13 +156,19 @@ def train_step(run: Run, batch: Batch) -> dict[str, Tensor]:
     return total
 
 
-def _save(run: Run, out: Path, epoch_loss: float) -> None:
-    best = epoch_loss < run.best_loss
-    run.best_loss = min(epoch_loss, run.best_loss)
+def _save(run: Run, out: Path, log: StepLog, epoch_ends: bool) -> None:
+    """The checkpoint and the page. What an epoch is worth is its accuracy, or minus its loss."""
+    score = -math.inf
+    if epoch_ends:
+        score = -log.epoch_loss()
+        if run.knn:
+            score = run.knn.accuracy(run.model.backbone)
+            log.note(run.step, {"knn_top1": score})
+    best, run.best = score > run.best, max(score, run.best)
     save_checkpoint(out / "last.pt", run)
-    write_run_page(out, run.config, run.loader)
-    if epoch_loss < math.inf:
+    if epoch_ends:
         keep_checkpoint(out / "last.pt", run.step // len(run.loader), run.config.keep, best)
+    write_run_page(out, run.config, run.loader)
 
 
 def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> Run:
@@ -195,7 +203,10 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
     )
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     steps = min(config.epochs * len(loader), config.max_steps or math.inf)
-    return Run(config, model, optimizer, scaler, loader, lr, steps)
+    knn = None
+    if config.knn and not rank():
+        knn = KnnMonitor(loader.data, config.knn, config.size, device, config.workers)
+    return Run(config, model, optimizer, scaler, loader, knn, lr, steps)
 
 
 def _new_method(config: PretrainConfig, classes: int) -> Method:

@@ -54,6 +54,7 @@ class PretrainConfig:
     accumulate: int = 1  # parts of a process's batch that pass one after the other
     precision: str = "float32"  # or "bfloat16", "float16": of the passes, by autocast
     compile: bool = False  # the backbone, by torch.compile
+    knn: Sequence[str | Path] | None = None  # directories of other images, see `knn.KnnMonitor`
     keep: int = 0  # checkpoints of the last epochs that stay beside last.pt and best.pt
     workers: int = 2
     seed: int = 0
@@ -66,8 +67,9 @@ class PretrainConfig:
 # and classes decide; of `epochs` and `max_steps`, the number of steps.)
 MAY_DIFFER = (
     *("data", "out", "epochs", "max_steps", "workers", "device", "skip_bad_images"),
-    *("compile", "keep"),
+    *("compile", "keep", "knn"),
 )
+DIRECTORIES = ("data", "knn")
 METHOD_SETTINGS = ("dim", "predictor_dim", "temperature", "queue_size", "key_momentum", "bn_group")
 
 
@@ -100,8 +102,12 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
 
 def settings(config: PretrainConfig) -> dict:
     """The configuration as plain values; whether it was resumed is no part of a run."""
-    data = [config.data] if isinstance(config.data, str | Path) else config.data
-    values = asdict(config) | {"data": [str(Path(path).resolve()) for path in data]}
+    values = asdict(config)
+    for name in DIRECTORIES:
+        given = values[name]
+        if given is not None:
+            paths = [given] if isinstance(given, str | Path) else given
+            values[name] = [str(Path(path).resolve()) for path in paths]
     init = str(config.init)
     values |= {"out": str(config.out)}
     values["init"] = init if init in ("random", "imagenet") else str(Path(init).resolve())
@@ -132,7 +138,7 @@ def read_config(path: str | Path) -> dict:
     for name, value in values.items():
         if name not in kinds:
             raise InputError(f"{path} is no configuration of pretrain: {name!r} is no setting")
-        if not _is_one_of(value, kinds[name] if name != "data" else (list, str)):
+        if not _is_one_of(value, kinds[name] if name not in DIRECTORIES else (list, str)):
             raise InputError(f"{path}: {name} cannot be {value!r}")
         if float in kinds[name] and value is not None:
             values[name] = float(value)

@@ -31,11 +31,12 @@ CURVES = (
         {"cos_pos": "positives", "cos_neg": "negatives"},
     ),
     ("SPD margin", "by how much more alike the positives are", {"spd_margin": "margin"}),
+    ("Nearest neighbours", "share of other images whose class they give", {"knn_top1": "top 1"}),
     ("Learning rate", "", {"lr": "rate"}),
     ("Images per second", "", {"images_per_s": "images / s"}),
     ("Waiting for data", "share of the time", {"wait_share": "share"}),
 )
-FROM_ZERO = ("z_std", "lr", "images_per_s", "wait_share")
+FROM_ZERO = ("z_std", "knn_top1", "lr", "images_per_s", "wait_share")
 
 
 def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> None:
@@ -44,11 +45,12 @@ def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> Non
     The examples are the views that some images, spread over the data, have in the first epoch.
     """
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
     found = read_json(out / "run.json")
     page = template("run.html.j2").render(
         title=f"Pre-training: {config.recipe}{' + SPD' if config.spd else ''}, {config.backbone}",
         step=lines[-1]["step"],
-        rate=f"{statistics.median(line['images_per_s'] for line in lines):.0f}",
+        rate=f"{statistics.median(rates):.0f}",
         found=found,
         curves=[curve for curve in (_curve(lines, *row) for row in CURVES) if curve],
         examples=_examples(config, loader),
@@ -61,9 +63,10 @@ def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> Non
 
 def _curve(lines: list[dict], title: str, note: str, names: dict[str, str]) -> dict | None:
     """One plot with a line for each name that the run has, over its steps."""
-    names = {name: label for name, label in names.items() if name in lines[-1]}
-    if not names:
+    lines = [line for line in lines if names.keys() & line.keys()]
+    if not lines:
         return None
+    names = {name: label for name, label in names.items() if name in lines[0]}
     steps = np.array([line["step"] for line in lines], dtype=float)
     parts = [part for part in np.array_split(np.arange(len(lines)), POINTS) if len(part)]
     x = np.array([steps[part].mean() for part in parts])

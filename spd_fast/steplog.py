@@ -96,14 +96,23 @@ class StepLog:
             return
         numbers |= speed
         self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
-        if self.tensorboard:
-            for name, number in numbers.items():
-                self.tensorboard.add_scalar(name, number, step)
+        self._to_tensorboard(step, numbers)
         waiting = self.loader.wait_seconds / (time.perf_counter() - self.started)
         self.progress.set_postfix_str(
             f"loss {numbers['loss']:.4f}, waiting for data {waiting:.0%}", refresh=False
         )
         self.progress.update(self.batch_size)
+
+    def note(self, step: int, numbers: dict[str, float]) -> None:
+        """What is known only after the step, on a line of its own."""
+        epoch = (step - 1) // len(self.loader)
+        self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
+        self._to_tensorboard(step, numbers)
+
+    def _to_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
+        if self.tensorboard:
+            for name, number in numbers.items():
+                self.tensorboard.add_scalar(name, number, step)
 
     def epoch_loss(self) -> float:
         """The mean of the epoch so far."""
@@ -119,7 +128,7 @@ class StepLog:
                     continue
                 if numbers["step"] <= step:
                     kept.append(line + "\n")
-                    if numbers["epoch"] == step // len(self.loader):
+                    if "loss" in numbers and numbers["epoch"] == step // len(self.loader):
                         self.losses.append(numbers["loss"])
         write_text(self.path, "".join(kept))
 

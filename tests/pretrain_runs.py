@@ -32,7 +32,7 @@ def config(data, out, **kwargs) -> PretrainConfig:
 
 def trace(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in LOSSES if name in line} for line in lines]
+    return [{n: line[n] for n in LOSSES if n in line} for line in lines if "loss" in line]
 
 
 def signal_at(step: int, number: int, monkeypatch) -> None:

@@ -208,7 +208,7 @@ def test_the_last_epochs_and_the_best_stay(data, tmp_path, monkeypatch):
     assert names == ["best.pt", "epoch_0003.pt", "epoch_0004.pt", "last.pt"]
     steps = {name: read_checkpoint(tmp_path / name)["step"] for name in names}
     assert steps == {"best.pt": 6, "epoch_0003.pt": 9, "epoch_0004.pt": 12, "last.pt": 12}
-    assert read_checkpoint(tmp_path / "last.pt")["best_loss"] == 0.2
+    assert read_checkpoint(tmp_path / "last.pt")["best"] == -0.2
     assert (tmp_path / "last.pt").stat().st_ino == (tmp_path / "epoch_0004.pt").stat().st_ino
 
 
@@ -217,7 +217,7 @@ def test_the_mean_of_an_epoch_counts_the_steps_before_a_stop(data, tmp_path):
     assert pretrain(whole) == 0
     expected = [line["loss"] for line in trace(tmp_path / "whole")]
     best = min(sum(expected[:3]) / 3, sum(expected[3:]) / 3)
-    assert read_checkpoint(tmp_path / "whole" / "last.pt")["best_loss"] == pytest.approx(best)
+    assert read_checkpoint(tmp_path / "whole" / "last.pt")["best"] == pytest.approx(-best)
 
 
 def test_checkpoints_stay_where_there_are_no_links(tmp_path, monkeypatch):
