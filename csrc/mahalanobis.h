@@ -94,7 +94,7 @@ template <int group, int block, class Put>
 static inline void gather(const Features& f, int64_t begin, int count, bool stands,
                           const Put& put) {
     constexpr bool by_cells = block == 1;
-    if (block == 1) count = 1;  // a constant: then there is no loop over j
+    if (by_cells) count = 1;  // a constant: then there is no loop over j
     const int64_t y = begin / f.grid_width, u = begin % f.grid_width;
     int64_t place[block];
     for (int k = 0, end; k < f.d; k = end) {
@@ -120,7 +120,7 @@ static inline void gather(const Features& f, int64_t begin, int count, bool stan
                     put(g, i, j, values);
                 }
             constexpr int line = 16;
-            for (int b = 0; b < group && next != place[0]; ++b)
+            for (int b = 0; b < group && next != place[0] && layer.stride[1] == 1; ++b)
                 for (int64_t c = f.channel[k]; c <= f.channel[end - 1]; c += line)
                     __builtin_prefetch(s[b] + next + c, 0, 2);
         }

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -17,8 +17,6 @@ from spd_fast.methods import Method
 from spd_fast.models import CHECKPOINT_FORMAT, CHECKPOINT_VERSION, read_checkpoint
 from spd_fast.optim import scheduled_lr
 from spd_fast.pretrain_config import MAY_DIFFER, PretrainConfig, settings
-
-EPOCH_FILES = "epoch_*.pt"
 
 
 @dataclass
@@ -82,8 +80,9 @@ def keep_checkpoint(last: Path, epoch: int, count: int, best: bool) -> None:
         _second_name(last, last.with_name("best.pt"))
     if count:
         _second_name(last, last.with_name(f"epoch_{epoch:04d}.pt"))
-    for old in sorted(last.parent.glob(EPOCH_FILES))[: -count or None]:
-        old.unlink()
+        kept = sorted(last.parent.glob("epoch_*.pt"), key=lambda path: (len(path.name), path.name))
+        for old in kept[:-count]:
+            old.unlink()
 
 
 def _second_name(path: Path, other: Path) -> None:
@@ -110,12 +109,14 @@ def find_checkpoint(config: PretrainConfig) -> dict | None:
         return None
     state = read_checkpoint(path)
     own, others = settings(config), state["config"]
-    # A setting that only one of them has is newer than the checkpoint, or another recipe's.
-    for name in ("recipe", *sorted((own.keys() & others.keys()).difference(MAY_DIFFER))):
-        if own.get(name) != others.get(name):
+    # What the checkpoint lacks is newer than it, and was then as it is by default.
+    defaults = {field.name: field.default for field in fields(PretrainConfig)}
+    for name in ("recipe", *sorted(own.keys() - set(MAY_DIFFER))):
+        before = others.get(name, defaults[name])
+        if before not in (None, own[name]):
             raise InputError(
-                f"{path} cannot be resumed: it was made with {name} {others.get(name)!r}, but "
-                f"{name} is now {own.get(name)!r}"
+                f"{path} cannot be resumed: it was made with {name} {before!r}, but {name} is now "
+                f"{own[name]!r}"
             )
     return state | {"path": path}
 
@@ -136,9 +137,12 @@ def restore(run: Run, state: dict) -> None:
         raise InputError(f"{path} cannot be resumed: its images had other classes")
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
+    run.scaler.load_state_dict(state.get("scaler", {}))
     torch.set_rng_state(state["rng"])
-    run.step, run.best = state["step"], state["best"]
+    run.step = state["step"]
+    if path.parent.resolve() == Path(run.config.out).resolve():  # else best.pt is not here
+        run.best = state.get("best", run.best)
+    state.clear()  # whoever still holds it holds a copy of the model
 
 
 def _hash_of_labels(loader: ViewLoader) -> str:

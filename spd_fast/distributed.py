@@ -58,9 +58,9 @@ def highest(number: int) -> int:
     """The highest of all ranks' numbers."""
     if world_size() == 1:
         return number
-    highest = torch.tensor(number)  # on the CPU: a GPU is not waited for
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return int(highest)
+    found = torch.tensor(number)  # on the CPU: a GPU is not waited for
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ class ViewLoader:
         rank, world_size: which part of each global batch is this process's.
         workers: threads that read and augment.
         skip_bad_images: replace unreadable images instead of raising.
+        parts: pieces that the consumer will cut each batch into: the kth pieces of all ranks are
+            the kth piece of the global batch.
         channels_last: memory order of the views; the fast one for convolutions.
         dtype: of the views, see `spd_fast.augment_views`.
 
@@ -103,12 +105,15 @@ class ViewLoader:
         skip_bad_images: bool = False,
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
+        parts: int = 1,
     ):
         if backend not in BACKENDS:
             raise InputError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}")
         for name, value in (("batch_size", batch_size), ("workers", workers), ("size", size)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if parts < 1 or batch_size % parts:
+            raise InputError(f"batch_size {batch_size} cannot be cut into {parts} equal parts")
         if seed < 0 or not 0 <= rank < world_size:
             raise InputError(
                 f"seed must be at least 0 and rank within 0..world_size - 1, got seed {seed}, "
@@ -117,7 +122,7 @@ class ViewLoader:
         self.data = data if isinstance(data, ImageFolder) else ImageFolder(data)
         self.recipe, self.batch_size, self.size = recipe, batch_size, size
         self.rank, self.world_size, self.workers = rank, world_size, workers
-        self.seed, self.skip_bad_images = seed, skip_bad_images
+        self.seed, self.skip_bad_images, self.parts = seed, skip_bad_images, parts
         self.channels_last, self.dtype = channels_last, dtype
         self.device = pick_device(str(device))
         self.labels = np.asarray(self.data.labels, dtype=np.int64)
@@ -159,7 +164,8 @@ class ViewLoader:
         philox = np.random.Philox(key=[self.seed, 1], counter=[0, 0, 0, epoch])
         order = np.argsort(philox.random_raw(len(self.data)), kind="stable")
         global_batches = order[: len(self) * self.batch_size * self.world_size]
-        return global_batches.reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
+        shared = global_batches.reshape(len(self), self.parts, self.world_size, -1)
+        return shared[:, :, self.rank].reshape(len(self), self.batch_size)
 
     def _start(
         self, pool: ThreadPoolExecutor, stop: threading.Event, epoch: int, indices: np.ndarray

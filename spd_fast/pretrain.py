@@ -59,7 +59,7 @@ def pretrain(config: PretrainConfig) -> int:
 
     Under `torchrun` (DistributedDataParallel) each process has its share of every batch, and the
     first one writes. Together they see the views that one process sees; the losses are the same, to
-    rounding, if batch norm is synchronised, and MoCo's, whose groups stay the same.
+    rounding, if batch norm is synchronised, and MoCo's, if its groups can be shared equally.
 
     Returns:
         0; SAVED (75) if SIGTERM or SIGUSR1 ended the run early, 130 if SIGINT did: the step was
@@ -90,6 +90,8 @@ def _start(run: Run, out: Path, checkpoint: dict | None) -> int:
     """See `_train`."""
     if checkpoint:
         restore(run, checkpoint)
+    if -highest(-run.step) != highest(run.step):
+        raise InputError(f"not all processes find the same checkpoint in {out}")
     run.trained = averaged(run.model)
     if not rank():
         if checkpoint and not (out / "last.pt").exists():  # it came from another run's directory
@@ -129,6 +131,7 @@ def _train(run: Run, out: Path) -> int:
                 if not rank():
                     _save(run, out, log, epoch_ends)
             if stop:
+                barrier()  # the first process that ends makes torchrun end the others
                 return stop
     return 0
 
@@ -184,6 +187,7 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
         world_size=world_size(),
         workers=config.workers,
         skip_bad_images=config.skip_bad_images,
+        parts=config.accumulate,
     )
     torch.manual_seed(config.seed)
     model = _new_method(config, len(loader.data.classes))
@@ -194,8 +198,9 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
     model.to(device, memory_format=torch.channels_last)
     if config.compile:
         check_can_compile(device)
-        for encoder in {model.backbone, getattr(model, "key_backbone", model.backbone)}:
-            encoder.compile()  # in place: the state dict keeps its names
+        model.backbone.compile()  # in place: the state dict keeps its names
+        if config.recipe == "moco":
+            model.key_backbone.compile()
     lr = config.lr * config.batch_size / 256
     scaled = config.precision == "float16"
     optimizer = new_optimizer(
@@ -234,7 +239,7 @@ def _run_directory(path: str | Path) -> Iterator[Path]:
     existed = Path(path).exists()
     out = make_output_dir(path)
     before = set(out.iterdir())
-    for leftover in out.glob(".last.pt.*"):  # of a process that was killed while it saved
+    for leftover in out.glob(".*.pt.*"):  # of a process that was killed while it saved
         leftover.unlink()
     try:
         yield out
@@ -253,7 +258,9 @@ def _run_directory(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGUSR1 are noted in the list; a second one acts as it did before."""
+    """SIGINT, SIGTERM and SIGUSR1 are noted in the list. A second one acts as it did before; of
+    several processes torchrun, which passes on what the scheduler has sent them already, ends them
+    if they do not end."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may set handlers
@@ -267,7 +274,8 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame) -> None:
         caught.append(int(number))
-        restore()
+        if world_size() == 1:
+            restore()
 
     try:
         for number in numbers:

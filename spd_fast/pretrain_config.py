@@ -66,8 +66,16 @@ class PretrainConfig:
 # What does not decide the losses: a run goes on whatever these are. (Of `data`, the files' names
 # and classes decide; of `epochs` and `max_steps`, the number of steps.)
 MAY_DIFFER = (
-    *("data", "out", "epochs", "max_steps", "workers", "device", "skip_bad_images"),
-    *("compile", "keep", "knn"),
+    "data",
+    "out",
+    "epochs",
+    "max_steps",
+    "workers",
+    "device",
+    "skip_bad_images",
+    "compile",
+    "keep",
+    "knn",
 )
 DIRECTORIES = ("data", "knn")
 METHOD_SETTINGS = ("dim", "predictor_dim", "temperature", "queue_size", "key_momentum", "bn_group")
@@ -213,6 +221,8 @@ def _check(config: PretrainConfig) -> None:
             raise InputError(f"{name} must be at least 1, got {value}")
     if config.bn_group is not None and config.bn_group < 2:
         raise InputError(f"bn_group must be at least 2, got {config.bn_group}")
+    if config.sync_bn and config.recipe == "moco":
+        raise InputError("sync_bn would undo what MoCo's groups are for: leave it off")
     if config.keep < 0:
         raise InputError(f"keep must be at least 0, got {config.keep}")
     if not 0 <= config.warmup_epochs < config.epochs:

@@ -58,13 +58,14 @@ class StepLog:
         """Note a step; `losses` are this process's, of one dtype."""
         self.flush()
         now, wait = time.perf_counter(), self.loader.wait_seconds
-        values = mean_over_ranks(torch.stack(list(losses.values())))
+        own = torch.stack(list(losses.values()))
+        values = mean_over_ranks(own)
         speed = {
             "lr": lr,
             "images_per_s": self.batch_size / (now - self.last),
             "wait_share": (wait - self.last_wait) / (now - self.last),
         }
-        self.pending = step, list(losses), values, speed, batch.indices, batch.params
+        self.pending = step, list(losses), values, speed, own, (batch.indices, batch.params)
         self.last, self.last_wait = now, wait
 
     def flush(self) -> None:
@@ -75,20 +76,12 @@ class StepLog:
         """
         if self.pending is None:
             return
-        step, names, values, speed, indices, params = self.pending
+        step, names, values, speed, own, batch = self.pending
         self.pending = None
         numbers = dict(zip(names, values.tolist()))
         epoch = (step - 1) // len(self.loader)
         if not math.isfinite(numbers["loss"]):
-            path = self.out / f"not_finite_{rank()}.pt"
-            paths = [str(self.loader.data.paths[i]) for i in indices]
-            batch = {"indices": indices, "paths": paths, "params": params}
-            save_state(path, {"step": step, "epoch": epoch, "losses": numbers} | batch)
-            raise InputError(
-                f"the loss of step {step} is {numbers['loss']}, on the images {indices.tolist()}: "
-                f"a lower learning rate may help; the last checkpoint is kept, and {path} holds "
-                f"the images' paths and the parameters of their views"
-            )
+            self._refuse(step, epoch, dict(zip(names, own.tolist())), *batch)
         if (step - 1) % len(self.loader) == 0:
             self.losses = []
         self.losses.append(numbers["loss"])
@@ -102,6 +95,19 @@ class StepLog:
             f"loss {numbers['loss']:.4f}, waiting for data {waiting:.0%}", refresh=False
         )
         self.progress.update(self.batch_size)
+
+    def _refuse(self, step: int, epoch: int, losses: dict, indices: Tensor, params: Tensor) -> None:
+        if math.isfinite(losses["loss"]):
+            raise InputError(f"the loss of step {step} is not finite on another process")
+        path = self.out / f"not_finite_{rank()}.pt"
+        paths = [str(self.loader.data.paths[i]) for i in indices]
+        batch = {"indices": indices, "paths": paths, "params": params}
+        save_state(path, {"step": step, "epoch": epoch, "losses": losses} | batch)
+        raise InputError(
+            f"the loss of step {step} is {losses['loss']}, on the images {indices.tolist()}: a "
+            f"lower learning rate may help; the last checkpoint is kept, and {path} holds the "
+            f"images' paths and the parameters of their views"
+        )
 
     def note(self, step: int, numbers: dict[str, float]) -> None:
         """What is known only after the step, on a line of its own."""

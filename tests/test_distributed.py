@@ -25,7 +25,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def torchrun(code: str, ranks: int = 2, *options: str) -> subprocess.CompletedProcess:
-    """Run Python code in `ranks` processes; `out` of each is what it printed last."""
+    """Run Python code in `ranks` processes."""
     program = f"import sys; sys.path.insert(0, {TESTS!r}); import torch; torch.set_num_threads(1)\n"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", *options, "--no-python", sys.executable, "-c"]
@@ -123,7 +123,7 @@ def test_synchronised_batch_norm_equals_torchs_on_one_process():
 SETTINGS = {
     "simsiam": {},
     "moco": {"dim": 16, "queue_size": 16, "bn_group": 4},
-    "simclr": {"dim": 16, "warmup_epochs": 0, "lr": 0.05},
+    "simclr": {"dim": 16, "warmup_epochs": 0, "lr": 0.05, "accumulate": 2},
 }
 
 
@@ -179,24 +179,32 @@ def test_the_job_comes_back_after_a_killed_process(data, tmp_path):
 
 
 STOPPED = """
-import os, signal
+import os, signal, time
 import spd_fast.pretrain as module
 from pretrain_runs import config
 from spd_fast.distributed import rank
-train_step, calls = module.train_step, []
+from spd_fast import checkpoints
+train_step, save_state, calls = module.train_step, checkpoints.save_state, []
 def signalled(*args):
     calls.append(1)
-    if len(calls) == 2 and rank() == 1:
+    if len(calls) == 2 and rank() in {ranks}:
         os.kill(os.getpid(), signal.SIGUSR1)
     return train_step(*args)
-module.train_step = signalled
+def slow(*args):
+    time.sleep(3)
+    if rank() in {ranks}:
+        os.kill(os.getpid(), signal.SIGUSR1)  # again
+    save_state(*args)
+module.train_step, checkpoints.save_state = signalled, slow
 assert module.pretrain(config({data!r}, {out!r})) == module.SAVED
 """
 
 
-def test_a_signal_to_one_process_stops_all(data, tmp_path):
+@pytest.mark.parametrize("ranks", [(1,), (0, 1)])
+def test_a_signal_stops_all_processes(ranks, data, tmp_path):
+    """To one or to all; none ends before the checkpoint is written."""
     out = tmp_path / "run"
-    check(STOPPED.format(data=str(data), out=str(out)))
+    check(STOPPED.format(data=str(data), out=str(out), ranks=ranks))
     assert read_checkpoint(out / "last.pt")["step"] == 2
     # one process goes on where two have stopped
     assert pretrain(config(data, out, resume="auto", max_steps=None)) == 0

@@ -364,7 +364,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     loader = ViewLoader(data, recipes.simsiam(), 8)
     path = tmp_path / "last.pt"
     run = Run(
-        resolved(config(data, tmp_path)), model, optimizer, scaler, loader, 0.1, steps=9, step=1
+        resolved(config(data, tmp_path)),
+        model,
+        optimizer,
+        scaler,
+        loader,
+        None,
+        0.1,
+        steps=9,
+        step=1,
     )
     save_checkpoint(path, run)
     run.step = 2

@@ -79,6 +79,8 @@ def test_given_values_stand_before_the_recipes():
             resolved(PretrainConfig(["images"], "out", recipe=recipe, **{name: 8}))
     with pytest.raises(InputError, match="queue_size must be at least one batch, 256, got 8"):
         resolved(PretrainConfig(["images"], "out", recipe="moco", queue_size=8))
+    with pytest.raises(InputError, match="sync_bn would undo what MoCo's groups are for"):
+        resolved(PretrainConfig(["images"], "out", recipe="moco", sync_bn=True))
     with pytest.raises(InputError, match="key_momentum must be at most 1, got 2"):
         resolved(PretrainConfig(["images"], "out", recipe="moco", key_momentum=2))
 

@@ -1,10 +1,12 @@
 """What makes training larger or faster: parts of a batch, precisions, compilation; what stays."""
 
 import copy
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
-from pretrain_runs import config, trace, write_images
+from pretrain_runs import config, signal_at, trace, write_images
 from torch.nn.functional import cosine_similarity, normalize
 
 from spd_fast import checkpoints, recipes
@@ -16,7 +18,8 @@ from spd_fast.losses import simsiam_loss, spd_loss
 from spd_fast.methods import MoCo, SimCLR, SimSiam, Supervised
 from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.ops.augment_views import augment_views
-from spd_fast.pretrain import pretrain
+from spd_fast.pretrain import SAVED, pretrain
+from spd_fast.steplog import StepLog
 
 LABELS = torch.arange(8) % 3
 
@@ -167,18 +170,14 @@ def test_accumulated_gradients_are_those_of_the_parts(data, tmp_path):
         pretrain(config(root, tmp_path / "other", recipe="supervised", accumulate=3))
 
 
-def test_moco_moves_its_keys_once_a_step(data, tmp_path):
+def test_moco_moves_its_keys_once_a_step(data, tmp_path, monkeypatch):
     """However many parts a batch has; and the queue takes the keys of all."""
     run = config(data, tmp_path, recipe="moco", accumulate=2, max_steps=1, lr=1e-30, **MOCO)
     torch.manual_seed(7)
     start = MoCo("resnet18", **MOCO)
-    moved = []
-    before_step = MoCo.before_step
-    MoCo.before_step = lambda self: (moved.append(1), before_step(self))
-    try:
-        assert pretrain(run) == 0
-    finally:
-        MoCo.before_step = before_step
+    moved, before_step = [], MoCo.before_step
+    monkeypatch.setattr(MoCo, "before_step", lambda self: (moved.append(1), before_step(self)))
+    assert pretrain(run) == 0
     state = read_checkpoint(tmp_path / "last.pt")["model"]
     assert moved == [1] and state["next_row"] == 8
     assert not torch.equal(state["queue"][7], start.queue[7])
@@ -212,12 +211,24 @@ def test_the_last_epochs_and_the_best_stay(data, tmp_path, monkeypatch):
     assert (tmp_path / "last.pt").stat().st_ino == (tmp_path / "epoch_0004.pt").stat().st_ino
 
 
-def test_the_mean_of_an_epoch_counts_the_steps_before_a_stop(data, tmp_path):
-    whole = config(data, tmp_path / "whole", epochs=2)
-    assert pretrain(whole) == 0
-    expected = [line["loss"] for line in trace(tmp_path / "whole")]
-    best = min(sum(expected[:3]) / 3, sum(expected[3:]) / 3)
-    assert read_checkpoint(tmp_path / "whole" / "last.pt")["best"] == pytest.approx(-best)
+def test_the_mean_of_an_epoch_counts_the_steps_before_a_stop(data, tmp_path, monkeypatch):
+    means, epoch_loss = [], StepLog.epoch_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            StepLog, "epoch_loss", lambda self: means.append(epoch_loss(self)) or means[-1]
+        )
+        signal_at(5, signal.SIGTERM, patch)
+        assert pretrain(config(data, tmp_path, epochs=2)) == SAVED
+        assert pretrain(config(data, tmp_path, epochs=2, resume=True)) == 0
+    losses = [line["loss"] for line in trace(tmp_path)]
+    assert means == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:]) / 3])
+    assert read_checkpoint(tmp_path / "last.pt")["best"] == -min(means)
+
+
+def test_epochs_of_one_step(data, tmp_path):
+    assert pretrain(config(data, tmp_path, batch_size=24, epochs=2)) == 0
+    losses = [line["loss"] for line in trace(tmp_path)]
+    assert read_checkpoint(tmp_path / "last.pt")["best"] == -min(losses)
 
 
 def test_checkpoints_stay_where_there_are_no_links(tmp_path, monkeypatch):
@@ -230,8 +241,11 @@ def test_checkpoints_stay_where_there_are_no_links(tmp_path, monkeypatch):
         keep_checkpoint(tmp_path / "last.pt", epoch, count=2, best=epoch == 1)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {"last.pt": "3", "best.pt": "1", "epoch_0002.pt": "2", "epoch_0003.pt": "3"}
-    keep_checkpoint(tmp_path / "last.pt", 4, count=0, best=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
+    keep_checkpoint(tmp_path / "last.pt", 4, count=0, best=False)  # what was kept stays
+    assert len(list(tmp_path.iterdir())) == 4
+    (tmp_path / "epoch_9999.pt").touch()
+    keep_checkpoint(tmp_path / "last.pt", 10000, count=1, best=False)
+    assert [path.name for path in tmp_path.glob("epoch*")] == ["epoch_10000.pt"]
 
 
 def test_a_batch_whose_loss_is_not_finite_can_be_made_again(data, tmp_path, monkeypatch):
@@ -253,3 +267,18 @@ def test_a_batch_whose_loss_is_not_finite_can_be_made_again(data, tmp_path, monk
     assert [
         str(ViewLoader(data, recipes.simsiam(), 8).data.paths[i]) for i in found["indices"]
     ] == (found["paths"])
+
+
+def test_a_checkpoint_from_before_these_settings_goes_on(data, tmp_path):
+    """It lacks them, and was made with what is now their default."""
+    assert pretrain(config(data, tmp_path, max_steps=1)) == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    del state["scaler"], state["best"]
+    for name in ("accumulate", "precision", "shared_forward", "sync_bn", "keep", "compile"):
+        state["config"].pop(name)
+    torch.save(state, tmp_path / "last.pt")
+    again = config(data, tmp_path, max_steps=1, resume=True)
+    for name, value in (("accumulate", 2), ("precision", "float16"), ("shared_forward", True)):
+        with pytest.raises(InputError, match=f"{name} .*but {name} is now"):
+            pretrain(replace(again, **{name: value}))
+    assert pretrain(again) == 0
