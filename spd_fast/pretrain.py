@@ -94,7 +94,7 @@ def _start(run: Run, out: Path, checkpoint: dict | None) -> int:
         raise InputError(f"not all processes find the same checkpoint in {out}")
     run.trained = averaged(run.model)
     if not rank():
-        if checkpoint and not (out / "last.pt").exists():  # it came from another run's directory
+        if run.step and not (out / "last.pt").exists():  # it came from another run's directory
             save_checkpoint(out / "last.pt", run)
         found = {
             "device": str(run.loader.device),
