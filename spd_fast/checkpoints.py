@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ class Run:
 
     config: PretrainConfig
     model: Method
+    trained: nn.Module  # the model, its gradients averaged over all processes
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # of the loss, for float16
     loader: ViewLoader
@@ -33,10 +34,6 @@ class Run:
     steps: int  # of the whole run
     step: int = 0  # done
     best: float = float("-inf")  # of the scores of the epochs
-    trained: nn.Module = field(init=False)  # the model, its gradients averaged over all processes
-
-    def __post_init__(self):
-        self.trained = self.model
 
     def rate(self) -> float:
         """Of the next step. Warm-up is the same share of a run that `max_steps` shortens."""

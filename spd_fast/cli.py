@@ -10,11 +10,11 @@ from spd_fast import __version__
 from spd_fast.errors import InputError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
-TERMINATED = 143  # and after SIGTERM
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for wrong input, 130 or 143 if interrupted."""
+    """Run one command; returns the exit status: 0, 2 for wrong input, 130 if interrupted, 75 if
+    pre-training saved and ended early."""
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():  # a log file wants few progress lines
         os.environ.setdefault("TQDM_MININTERVAL", "5")

@@ -50,12 +50,11 @@ def pretrain(config: PretrainConfig) -> int:
 
     Writes into `config.out`: last.pt after every epoch, at the end, and on SIGINT, SIGTERM or
     SIGUSR1; best.pt, of the epoch of the lowest mean loss or, with `config.knn`, of the highest
-    accuracy, and epoch_*.pt of the last `config.keep`;
-    metrics.jsonl, one line per step, and run.html, its curves and example views; tensorboard/, if
-    that is installed; config.yaml, from which `spd-fast pretrain --config` repeats the run, and
-    run.json: device, steps, versions. A run that
-    goes on from a checkpoint ends on a CPU with the same bits as one that was never interrupted,
-    given the same number of torch threads.
+    accuracy, and epoch_*.pt of the last `config.keep`; metrics.jsonl, one line per step, and
+    run.html, its curves and example views; tensorboard/, if that is installed; config.yaml, from
+    which `spd-fast pretrain --config` repeats the run, and run.json: device, steps, versions. A
+    run that goes on from a checkpoint ends on a CPU with the same bits as one that was never
+    interrupted, given the same number of torch threads.
 
     Under `torchrun` (DistributedDataParallel) each process has its share of every batch, and the
     first one writes. Together they see the views that one process sees; the losses are the same, to
@@ -92,7 +91,6 @@ def _start(run: Run, out: Path, checkpoint: dict | None) -> int:
         restore(run, checkpoint)
     if -highest(-run.step) != highest(run.step):
         raise InputError(f"not all processes find the same checkpoint in {out}")
-    run.trained = averaged(run.model)
     if not rank():
         if run.step and not (out / "last.pt").exists():  # it came from another run's directory
             save_checkpoint(out / "last.pt", run)
@@ -165,7 +163,11 @@ def _save(run: Run, out: Path, log: StepLog, epoch_ends: bool) -> None:
     if epoch_ends:
         score = -log.epoch_loss()
         if run.knn:
-            score = run.knn.accuracy(run.model.backbone)
+            try:
+                score = run.knn.accuracy(run.model.backbone)
+            except InputError:  # an image that cannot be read: the epoch is not lost for that
+                save_checkpoint(out / "last.pt", run)
+                raise
             log.note(run.step, {"knn_top1": score})
     best, run.best = score > run.best, max(score, run.best)
     save_checkpoint(out / "last.pt", run)
@@ -211,7 +213,7 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
     knn = None
     if config.knn and not rank():
         knn = KnnMonitor(loader.data, config.knn, config.size, device, config.workers)
-    return Run(config, model, optimizer, scaler, loader, knn, lr, steps)
+    return Run(config, model, averaged(model), optimizer, scaler, loader, knn, lr, steps)
 
 
 def _new_method(config: PretrainConfig, classes: int) -> Method:

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from pretrain_runs import write_images  # noqa: E402
 
 torch.set_num_threads(2)
 
@@ -19,6 +20,21 @@ def _keep_global_state():
     torch.set_rng_state(state)
     if asked is not None:
         os.environ["SPD_FAST_BACKEND"] = asked
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Sums of several threads are rounded in no fixed order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A directory of small images to pre-train on; tests that change it copy it."""
+    return write_images(tmp_path_factory.mktemp("data"))
 
 
 def pytest_configure(config):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretrain_runs import config, trace, write_images
+from pretrain_runs import config, trace
 
 from spd_fast.distributed import gather, mean_over_ranks, process_group, world_size
 from spd_fast.errors import InputError
@@ -17,11 +17,6 @@ from spd_fast.pretrain import pretrain
 from spd_fast.pretrain_config import part_size, resolved
 
 TESTS = str(Path(__file__).parent)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"))
 
 
 def torchrun(code: str, ranks: int = 2, *options: str) -> subprocess.CompletedProcess:

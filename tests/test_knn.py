@@ -105,3 +105,11 @@ def test_other_classes_are_refused_before_a_run_starts(tmp_path):
     with pytest.raises(InputError, match="knn: the class blue"):
         pretrain(config(data, tmp_path / "run", knn=[str(other)]))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_does_not_lose_the_epoch(tmp_path):
+    train, other = coloured(tmp_path / "train", 0), coloured(tmp_path / "other", 1)
+    (other / "red" / "03.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match="red/03.png"):
+        pretrain(config(train, tmp_path / "run", knn=[str(other)]))
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from pretrain_runs import config, signal_at, trace, write_images
+from pretrain_runs import config, signal_at, trace
 from torch.nn.functional import cosine_similarity
 
 from spd_fast import checkpoints, recipes
@@ -23,26 +23,14 @@ from spd_fast.optim import new_optimizer, scheduled_lr
 from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.pretrain_config import read_config, resolved
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
 CHILD = """
 import os, sys
 import pytest, torch
 sys.path.insert(0, {tests!r})
 from pretrain_runs import config, signal_at
 from spd_fast.pretrain import SAVED, pretrain
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 torch.set_num_threads(1)
 with pytest.MonkeyPatch.context() as patch:
     signal_at(5, {number}, patch)
@@ -61,7 +49,7 @@ def interrupted_run(data, out, number: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data, tmp_path_factory) -> Path:
+def uninterrupted(data, one_thread, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert pretrain(config(data, out)) == 0
     return out
@@ -365,6 +353,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(data, tmp_path):
     path = tmp_path / "last.pt"
     run = Run(
         resolved(config(data, tmp_path)),
+        model,
         model,
         optimizer,
         scaler,

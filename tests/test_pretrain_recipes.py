@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pretrain_runs import config, signal_at, trace, write_images
+from pretrain_runs import config, signal_at, trace
 from torch.nn.functional import cosine_similarity
 
 from spd_fast import recipes
@@ -19,18 +19,7 @@ from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.pretrain_config import PretrainConfig, read_config
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

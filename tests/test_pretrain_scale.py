@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pretrain_runs import config, signal_at, trace, write_images
+from pretrain_runs import config, signal_at, trace
 from torch.nn.functional import cosine_similarity, normalize
 
 from spd_fast import checkpoints, recipes
@@ -21,20 +21,9 @@ from spd_fast.ops.augment_views import augment_views
 from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.steplog import StepLog
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LABELS = torch.arange(8) % 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data"))
 
 
 def views(count: int = 4) -> torch.Tensor:
