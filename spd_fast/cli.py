@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version
 
 from spd_fast import __version__
+from spd_fast.cli_arguments import command, positive, seed
+from spd_fast.cli_training import add_training_commands
 from spd_fast.errors import InputError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -52,20 +54,6 @@ def _numpy_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.lstrip("-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text) if text.isdigit() else -1
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must be a whole number in 0..2^63 - 1, got {text}")
-    return value
-
-
 def _complain(message: str) -> int:
     print(f"spd-fast: {message}", file=sys.stderr)
     return 2
@@ -81,8 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_demo(commands)
     _add_data(commands)
-    _add_views(commands)
-    _add_pretrain(commands)
+    add_training_commands(commands)
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
@@ -90,22 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=help,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
 # --------------------------------------------------------------------------------- info and demo
 
 
 def _add_info(commands) -> None:
-    _command(commands, "info", _info, "show versions, compiled code and available backends")
+    command(commands, "info", _info, "show versions, compiled code and available backends")
 
 
 def _info(options) -> None:
@@ -115,7 +91,7 @@ def _info(options) -> None:
 
 
 def _add_demo(commands) -> None:
-    parser = _command(
+    parser = command(
         commands, "demo", _demo, "pre-train with and without SPD on small real data, and compare"
     )
     parser.add_argument("--out", default="demo", help="output directory")
@@ -134,21 +110,21 @@ def _add_data(commands) -> None:
     data = commands.add_parser("data", help="check or make data sets").add_subparsers(
         dest="data_command", required=True, metavar="command"
     )
-    check = _command(data, "check", _data_check, "compare a VisA tree with the paper's table 1")
+    check = command(data, "check", _data_check, "compare a VisA tree with the paper's table 1")
     check.add_argument("root", help="directory that holds the objects")
-    synth = _command(
+    synth = command(
         data, "synth", _data_synth, "write a small synthetic data set in the official VisA layout"
     )
     synth.add_argument("--out", required=True, help="directory to make")
-    synth.add_argument("--seed", type=_seed, default=0)
-    synth.add_argument("--normal", type=_positive, default=60, help="normal images per category")
-    synth.add_argument("--anomalous", type=_positive, default=20, help="anomalous ones")
-    photos = _command(
+    synth.add_argument("--seed", type=seed, default=0)
+    synth.add_argument("--normal", type=positive, default=60, help="normal images per category")
+    synth.add_argument("--anomalous", type=positive, default=20, help="anomalous ones")
+    photos = command(
         data, "photos", _data_photos, "write crops of real photographs as an image folder"
     )
     photos.add_argument("--out", required=True, help="directory to make")
-    photos.add_argument("--count", type=_positive, default=200)
-    photos.add_argument("--seed", type=_seed, default=0)
+    photos.add_argument("--count", type=positive, default=200)
+    photos.add_argument("--seed", type=seed, default=0)
 
 
 def _data_check(options) -> int:
@@ -175,148 +151,11 @@ def _data_photos(options) -> None:
     print(f"written: {options.out}")
 
 
-# ----------------------------------------------------------------------------------------- views
-
-
-def _add_views(commands) -> None:
-    parser = _command(commands, "views", _views, "draw a sheet of the views made of an image")
-    parser.add_argument("image")
-    parser.add_argument("--recipe", default="simsiam", choices=RECIPES)
-    parser.add_argument("--rows", type=_positive, default=4, help="epochs to draw, one per row")
-    parser.add_argument("--size", type=_positive, default=224)
-    parser.add_argument("--seed", type=_seed, default=0)
-    parser.add_argument("--out", default="views.png", help="picture to write")
-
-
-def _views(options) -> None:
-    from spd_fast.sheet import write_views_sheet
-
-    write_views_sheet(
-        options.image, options.out, options.recipe, options.rows, options.size, options.seed
-    )
-    print(f"written: {options.out}")
-
-
-# -------------------------------------------------------------------------------------- pretrain
-
-RECIPES = ("simsiam", "moco", "simclr", "supervised")
-
-
-def _add_pretrain(commands) -> None:
-    parser = _command(commands, "pretrain", _pretrain, "pre-train a backbone")
-
-    def add(*names, **kwargs):
-        """What is not given is left out: then the configuration, then the recipe decides."""
-        parser.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
-
-    add("--config", metavar="FILE", help="settings of an earlier run: its config.yaml")
-    add(
-        "--recipe",
-        choices=RECIPES,
-        help="default simsiam; sets the options below that name no default",
-    )
-    add("--data", nargs="+", help="directories of images, one or more")
-    parser.add_argument("--out", required=True, help="directory of the run")
-    add(
-        "--spd",
-        action=argparse.BooleanOptionalAction,
-        help="the SPot-the-Difference regulariser; on by default",
-    )
-    add("--eta", type=float, help="weight of the SPD loss, default 0.1")
-    add(
-        "--spd-loss",
-        choices=("cosine", "xent"),
-        help="formula 2, or the cross-entropy of a classifier that tells negatives from positives",
-    )
-    add(
-        "--spd-source",
-        choices=("anchor", "image"),
-        help="make the SPD views from the first strong view (default), or from the image",
-    )
-    add("--local-aug", choices=("smoothblend", "cutpaste"), help="default smoothblend")
-    add("--backbone", help="a torchvision ResNet, default resnet50")
-    add(
-        "--init",
-        help="weights of the backbone to start from: random (default), imagenet, or a file",
-    )
-    add("--size", type=_positive, help="side of the views, pixels, default 224")
-    add("--batch-size", type=_positive, help="of all processes together")
-    add("--epochs", type=_positive)
-    add("--max-steps", type=_positive, help="stop after so many steps; the schedule spans them")
-    add("--optimizer", choices=("sgd", "lars"))
-    add("--lr", type=float, help="for a batch of 256; scaled with the batch")
-    add("--momentum", type=float)
-    add("--weight-decay", type=float)
-    add("--schedule", choices=("cosine", "steps"))
-    add("--warmup-epochs", type=int)
-    add("--dim", type=_positive, help="of the projections")
-    add("--predictor-dim", type=_positive, help="SimSiam")
-    add("--temperature", type=float, help="MoCo, SimCLR")
-    add("--queue-size", type=_positive, help="MoCo")
-    add("--key-momentum", type=float, help="MoCo")
-    add("--bn-group", type=_positive, help="MoCo: images that batch norm sees together")
-    add(
-        "--sync-bn",
-        action=argparse.BooleanOptionalAction,
-        help="batch norm over all processes of torchrun",
-    )
-    add(
-        "--shared-forward",
-        action=argparse.BooleanOptionalAction,
-        help="all views in one pass, normalised together; off by default",
-    )
-    add("--accumulate", type=_positive, help="parts in which a batch passes, default 1")
-    add("--precision", choices=("float32", "bfloat16", "float16"), help="default float32")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone")
-    add(
-        "--knn",
-        nargs="+",
-        metavar="DIR",
-        help="other images in folders by class: after each epoch, see how well nearest neighbours "
-        "in the features tell their classes",
-    )
-    add("--keep", type=int, help="checkpoints of the last epochs to keep, default 0")
-    add("--workers", type=_positive, help="threads that read and augment, default 2")
-    add("--seed", type=_seed, help="of order, views and first weights, default 0")
-    add("--device", help="auto (default), cpu or cuda")
-    add(
-        "--skip-bad-images",
-        action=argparse.BooleanOptionalAction,
-        help="replace unreadable images, and list them; off by default",
-    )
-    add(
-        "--resume",
-        nargs="?",
-        const="auto",
-        help="go on from OUT/last.pt if it is there, or from the checkpoint given",
-    )
-
-
-def _pretrain(options) -> int:
-    from spd_fast.pretrain import pretrain
-    from spd_fast.pretrain_config import PretrainConfig, read_config
-
-    given = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
-    if "config" in given:
-        file = read_config(given["config"])
-        recipe = file.get("recipe", "simsiam")
-        if given.get("recipe", recipe) != recipe:
-            raise InputError(
-                f"{given['config']} is of the recipe {recipe}: it cannot be run as "
-                f"{given['recipe']}"
-            )
-        del given["config"]
-        given = file | given
-    if "data" not in given:
-        raise InputError("pretrain needs --data, or a --config that names it")
-    return pretrain(PretrainConfig(**given))
-
-
 # ----------------------------------------------------------- evaluate, predict, export and report
 
 
 def _add_evaluate(commands) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "fit and score every category of a data set")
+    parser = command(commands, "evaluate", _evaluate, "fit and score every category of a data set")
     add = parser.add_argument
     add("--data", required=True, help="root of VisA (either layout) or MVTec-AD")
     add("--protocol", default="1cls", choices=("1cls",))
@@ -325,7 +164,7 @@ def _add_evaluate(commands) -> None:
     add("--weights", default="imagenet", help="imagenet, random, or a checkpoint file")
     add("--category", nargs="+", default=(), help="only these")
     add("--preset", default="paper", choices=("paper", "anomalib"), help="image preparation")
-    add("--n-features", type=_positive, help="PaDiM: channels kept; default as in its paper")
+    add("--n-features", type=positive, help="PaDiM: channels kept; default as in its paper")
     add(
         "--factor-dtype",
         default="float32",
@@ -335,7 +174,7 @@ def _add_evaluate(commands) -> None:
     add("--coreset-ratio", type=float, default=0.1, help="PatchCore: patches that the bank keeps")
     add(
         "--n-neighbors",
-        type=_positive,
+        type=positive,
         help="PatchCore: bank items that re-weight the image score; default by preset, 1 or 9",
     )
     add("--bank-dtype", default="float32", choices=("float32", "float16"), help="PatchCore")
@@ -345,9 +184,9 @@ def _add_evaluate(commands) -> None:
         help="pixel AU-ROC and AU-PR as VisA's published script computes them, not exact",
     )
     add("--name", help="label of the run in reports")
-    add("--batch-size", type=_positive, default=16)
-    add("--workers", type=_positive, default=4, help="threads that read images")
-    add("--seed", type=_seed, default=0, help="of what is drawn, random weights included")
+    add("--batch-size", type=positive, default=16)
+    add("--workers", type=positive, default=4, help="threads that read images")
+    add("--seed", type=seed, default=0, help="of what is drawn, random weights included")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
     add("--compile", action="store_true", help="torch.compile the network; takes minutes at first")
@@ -363,12 +202,12 @@ def _evaluate(options) -> None:
 
 
 def _add_predict(commands) -> None:
-    parser = _command(commands, "predict", _predict, "score images with a saved detector")
+    parser = command(commands, "predict", _predict, "score images with a saved detector")
     parser.add_argument("--model", required=True, help="what evaluate --save-models wrote")
     parser.add_argument("images", nargs="+", help="files or directories")
     parser.add_argument("--out", required=True, help="output directory")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--workers", type=_positive, default=4, help="threads that read images")
+    parser.add_argument("--workers", type=positive, default=4, help="threads that read images")
     parser.add_argument("--skip-bad-images", action="store_true")
 
 
@@ -387,7 +226,7 @@ def _predict(options) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = _command(commands, "export", _export, "write for others what was fitted or trained")
+    parser = command(commands, "export", _export, "write for others what was fitted or trained")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--model", help="a PaDiM that evaluate --save-models wrote: as a program of plain torch"
@@ -397,7 +236,7 @@ def _add_export(commands) -> None:
     )
     parser.add_argument("--out", help="file to write; default padim.pt2 or backbone.pth")
     parser.add_argument(
-        "--batch", type=_positive, help="the only number of images a program takes; default any"
+        "--batch", type=positive, help="the only number of images a program takes; default any"
     )
 
 
@@ -413,7 +252,7 @@ def _export(options) -> None:
 
 
 def _add_report(commands) -> None:
-    parser = _command(commands, "report", _report, "compare evaluations side by side in one page")
+    parser = command(commands, "report", _report, "compare evaluations side by side in one page")
     parser.add_argument("runs", nargs="+", help="output directories of evaluate")
     parser.add_argument("--title", default="Anomaly detection")
     parser.add_argument("--out", default="report.html", help="page to write")

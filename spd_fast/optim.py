@@ -7,9 +7,6 @@ from torch import Tensor
 
 from spd_fast.methods import Method
 
-OPTIMIZERS = ("sgd", "lars")
-SCHEDULES = ("cosine", "steps")
-
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum and a rate per tensor, as SimCLR's own code has it (You et al. 2017).

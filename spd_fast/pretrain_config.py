@@ -8,15 +8,12 @@ from typing import get_args
 
 import yaml
 
+from spd_fast.choices import OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES, SPD_LOSSES
 from spd_fast.errors import InputError
 from spd_fast.files import write_text
 from spd_fast.methods import bn_groups
-from spd_fast.optim import OPTIMIZERS, SCHEDULES
 
 RECIPE_FILES = Path(__file__).parent / "recipes"
-RECIPES = ("simsiam", "moco", "simclr", "supervised")
-SPD_LOSSES = ("cosine", "xent")
-PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

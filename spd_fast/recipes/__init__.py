@@ -6,6 +6,7 @@ of SPD (section 3.2 and appendix C); `docs/method.md` lists every choice that th
 
 from dataclasses import dataclass, replace
 
+from spd_fast.choices import LOCAL_AUGS, SPD_SOURCES
 from spd_fast.errors import InputError
 
 FROM_IMAGE = -1  # ViewSpec.source: the view is cut from the decoded image
@@ -44,8 +45,6 @@ PATCH_ASPECT = (0.3, 3.0)
 PATCH_JITTER = Jitter(0.1, 0.1, 0.1, 0.05, probability=1.0)
 PATCH_ALPHA_SIGMA = 8.0  # pixels at a view of 224 (appendix C); scales with the view
 
-LOCAL_AUGMENTATIONS = ("smoothblend", "cutpaste")
-SPD_SOURCES = ("anchor", "image")
 
 _STRONG = ViewSpec(jitter=Jitter(0.4, 0.4, 0.4, 0.1), grayscale=0.2, blur=(0.1, 2.0))
 _STRONG_SIMCLR = replace(_STRONG, area=(0.08, 1.0), jitter=Jitter(0.8, 0.8, 0.8, 0.2))
@@ -85,8 +84,8 @@ def supervised(
 
 
 def _spd_views(spd: bool, local_aug: str, spd_source: str) -> Recipe:
-    if local_aug not in LOCAL_AUGMENTATIONS:
-        raise InputError(f"local_aug is one of {LOCAL_AUGMENTATIONS}, got {local_aug!r}")
+    if local_aug not in LOCAL_AUGS:
+        raise InputError(f"local_aug is one of {LOCAL_AUGS}, got {local_aug!r}")
     if spd_source not in SPD_SOURCES:
         raise InputError(f"spd_source is one of {SPD_SOURCES}, got {spd_source!r}")
     weak = replace(_WEAK, source=0 if spd_source == "anchor" else FROM_IMAGE)

@@ -1,0 +1,155 @@
+"""The commands of `spd-fast` that make views and train on them."""
+
+import argparse
+
+from spd_fast.choices import (
+    LOCAL_AUGS,
+    OPTIMIZERS,
+    PRECISIONS,
+    RECIPES,
+    SCHEDULES,
+    SPD_LOSSES,
+    SPD_SOURCES,
+)
+from spd_fast.cli_arguments import command, positive, seed
+from spd_fast.errors import InputError
+
+
+def add_training_commands(commands) -> None:
+    _add_views(commands)
+    _add_pretrain(commands)
+
+
+# ----------------------------------------------------------------------------------------- views
+
+
+def _add_views(commands) -> None:
+    parser = command(commands, "views", _views, "draw a sheet of the views made of an image")
+    parser.add_argument("image")
+    parser.add_argument("--recipe", default="simsiam", choices=RECIPES)
+    parser.add_argument("--rows", type=positive, default=4, help="epochs to draw, one per row")
+    parser.add_argument("--size", type=positive, default=224)
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--out", default="views.png", help="picture to write")
+
+
+def _views(options) -> None:
+    from spd_fast.sheet import write_views_sheet
+
+    write_views_sheet(
+        options.image, options.out, options.recipe, options.rows, options.size, options.seed
+    )
+    print(f"written: {options.out}")
+
+
+# -------------------------------------------------------------------------------------- pretrain
+
+
+def _add_pretrain(commands) -> None:
+    parser = command(commands, "pretrain", _pretrain, "pre-train a backbone")
+
+    def add(*names, **kwargs):
+        """What is not given is left out: then the configuration, then the recipe decides."""
+        parser.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
+
+    add("--config", metavar="FILE", help="settings of an earlier run: its config.yaml")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="default simsiam; sets the options below that name no default",
+    )
+    add("--data", nargs="+", help="directories of images, one or more")
+    parser.add_argument("--out", required=True, help="directory of the run")
+    add(
+        "--spd",
+        action=argparse.BooleanOptionalAction,
+        help="the SPot-the-Difference regulariser; on by default",
+    )
+    add("--eta", type=float, help="weight of the SPD loss, default 0.1")
+    add(
+        "--spd-loss",
+        choices=SPD_LOSSES,
+        help="formula 2, or the cross-entropy of a classifier that tells negatives from positives",
+    )
+    add(
+        "--spd-source",
+        choices=SPD_SOURCES,
+        help="make the SPD views from the first strong view (default), or from the image",
+    )
+    add("--local-aug", choices=LOCAL_AUGS, help="default smoothblend")
+    add("--backbone", help="a torchvision ResNet, default resnet50")
+    add(
+        "--init",
+        help="weights of the backbone to start from: random (default), imagenet, or a file",
+    )
+    add("--size", type=positive, help="side of the views, pixels, default 224")
+    add("--batch-size", type=positive, help="of all processes together")
+    add("--epochs", type=positive)
+    add("--max-steps", type=positive, help="stop after so many steps; the schedule spans them")
+    add("--optimizer", choices=OPTIMIZERS)
+    add("--lr", type=float, help="for a batch of 256; scaled with the batch")
+    add("--momentum", type=float)
+    add("--weight-decay", type=float)
+    add("--schedule", choices=SCHEDULES)
+    add("--warmup-epochs", type=int)
+    add("--dim", type=positive, help="of the projections")
+    add("--predictor-dim", type=positive, help="SimSiam")
+    add("--temperature", type=float, help="MoCo, SimCLR")
+    add("--queue-size", type=positive, help="MoCo")
+    add("--key-momentum", type=float, help="MoCo")
+    add("--bn-group", type=positive, help="MoCo: images that batch norm sees together")
+    add(
+        "--sync-bn",
+        action=argparse.BooleanOptionalAction,
+        help="batch norm over all processes of torchrun",
+    )
+    add(
+        "--shared-forward",
+        action=argparse.BooleanOptionalAction,
+        help="all views in one pass, normalised together; off by default",
+    )
+    add("--accumulate", type=positive, help="parts in which a batch passes, default 1")
+    add("--precision", choices=PRECISIONS, help="default float32")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone")
+    add(
+        "--knn",
+        nargs="+",
+        metavar="DIR",
+        help="other images in folders by class: after each epoch, see how well nearest neighbours "
+        "in the features tell their classes",
+    )
+    add("--keep", type=int, help="checkpoints of the last epochs to keep, default 0")
+    add("--workers", type=positive, help="threads that read and augment, default 2")
+    add("--seed", type=seed, help="of order, views and first weights, default 0")
+    add("--device", help="auto (default), cpu or cuda")
+    add(
+        "--skip-bad-images",
+        action=argparse.BooleanOptionalAction,
+        help="replace unreadable images, and list them; off by default",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="go on from OUT/last.pt if it is there, or from the checkpoint given",
+    )
+
+
+def _pretrain(options) -> int:
+    from spd_fast.pretrain import pretrain
+    from spd_fast.pretrain_config import PretrainConfig, read_config
+
+    given = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    if "config" in given:
+        file = read_config(given["config"])
+        recipe = file.get("recipe", "simsiam")
+        if given.get("recipe", recipe) != recipe:
+            raise InputError(
+                f"{given['config']} is of the recipe {recipe}: it cannot be run as "
+                f"{given['recipe']}"
+            )
+        del given["config"]
+        given = file | given
+    if "data" not in given:
+        raise InputError("pretrain needs --data, or a --config that names it")
+    return pretrain(PretrainConfig(**given))
