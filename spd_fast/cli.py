@@ -161,7 +161,12 @@ def _add_evaluate(commands) -> None:
     add("--protocol", default="1cls", choices=("1cls",))
     add("--method", default="padim", choices=("padim", "patchcore"))
     add("--backbone", default="resnet18", help="a torchvision ResNet")
-    add("--weights", default="imagenet", help="imagenet, random, or a checkpoint file")
+    add(
+        "--weights",
+        default="imagenet",
+        help="imagenet, random, or a checkpoint file; {category} in its name stands for each "
+        "category's",
+    )
     add("--category", nargs="+", default=(), help="only these")
     add("--preset", default="paper", choices=("paper", "anomalib"), help="image preparation")
     add("--n-features", type=positive, help="PaDiM: channels kept; default as in its paper")

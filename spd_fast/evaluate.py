@@ -5,7 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from spd_fast.datasets import Category, Sample, read_dataset
 from spd_fast.datasets.images import read_image, read_mask
 from spd_fast.datasets.visa import PAPER_NAMES
 from spd_fast.errors import InputError
-from spd_fast.files import atomic_directory, make_output_dir, read_json, write_json
+from spd_fast.files import atomic_directory, make_output_dir, read_json, refuse_inside, write_json
 from spd_fast.info import versions
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
@@ -32,6 +33,7 @@ METHODS = ("padim", "patchcore")
 # In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, the model
 # as <method>.pt.
 CATEGORIES, RESULT = "categories", "result.json"
+CATEGORY = "{category}"  # in `weights`: the name of each category
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,15 @@ def evaluate(config: EvaluateConfig) -> dict:
     category. A category that an earlier, interrupted call with the same configuration has finished
     is not done again. One that was finished with other settings of the same method is replaced.
 
+    In `config.weights`, "{category}" stands for the name of each category, which then has weights
+    of its own; what is computed for a category is what it would be with that file given.
+
     Returns:
         The contents of results.json, plus `dir`; see `spd_fast.report`.
 
     Raises:
-        InputError: bad data, weights or configuration, or `config.out` cannot be written or holds
+        InputError: bad data, weights or configuration (the file of weights of every category is
+            looked for before the first is evaluated), or `config.out` cannot be written or holds
             the results of another method.
     """
     _check(config)
@@ -91,12 +97,15 @@ def evaluate(config: EvaluateConfig) -> dict:
     out = make_output_dir(config.out)
     _refuse_other_method(out, config)
     dataset = read_dataset(config.data, config.protocol, list(config.category) or None)
-    model = _new_detector(config)
+    own = [_for_category(config, category) for category in dataset]
+    detector = lru_cache(maxsize=1)(_new_detector)  # one for all, if all have the same weights
+    model = detector(own[0])
     categories = []
-    for category in dataset:
-        result = _finished(out, config, category)
+    for category, its in zip(dataset, own):
+        result = _finished(out, its, category)
         if result is None:
-            result = _evaluate_category(model, category, config, out)
+            model = detector(its)
+            result = _evaluate_category(model, category, its, out)
         categories.append(result)
     run = {
         "name": config.name or f"{config.method}, {config.weights}",
@@ -124,12 +133,19 @@ def _check(config: EvaluateConfig) -> None:
             f"{config.method} learns normal images only: protocol 1cls, got {config.protocol!r}"
         )
     metrics.check_compat(config.compat)
-    data, out = Path(config.data).resolve(), Path(config.out).resolve()
-    if out == data or data in out.parents:
-        raise InputError(f"the output directory {config.out} lies in the data set {config.data}")
+    refuse_inside(config.out, config.data)
     for name in ("batch_size", "workers"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _for_category(config: EvaluateConfig, category: Category) -> EvaluateConfig:
+    if CATEGORY not in config.weights:
+        return config
+    weights = config.weights.replace(CATEGORY, category.name)
+    if not Path(weights).is_file():
+        raise InputError(f"category {category.name} has no weights: there is no file {weights}")
+    return replace(config, weights=weights)
 
 
 def _refuse_other_method(out: Path, config: EvaluateConfig) -> None:

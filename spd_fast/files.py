@@ -72,6 +72,17 @@ def make_output_dir(path: str | Path) -> Path:
     return path
 
 
+def refuse_inside(out: str | Path, data: str | Path) -> None:
+    """Nothing is ever written into a data set.
+
+    Raises:
+        InputError: `out` is the data set's directory `data` or lies in it.
+    """
+    inner, outer = Path(out).resolve(), Path(data).resolve()
+    if inner == outer or outer in inner.parents:
+        raise InputError(f"the output directory {out} lies in the data set {data}")
+
+
 def make_empty_dir(path: str | Path) -> Path:
     """`make_output_dir` for an output that must not mix with what is already there.
 

@@ -7,47 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
+from trees import small_visa
 
 from spd_fast import InputError
 from spd_fast.cli import main
 from spd_fast.evaluate import EvaluateConfig, evaluate, in_threads
 from spd_fast.padim import PaDiM
-
-
-def small_visa(root, categories=("board", "nut"), normal=10, anomalous=3):
-    """A data set in the official VisA layout: dark discs on gray, defects are bright squares."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for category in categories:
-        base = root / category / "Data"
-        for folder in ("Images/Normal", "Images/Anomaly", "Masks/Anomaly"):
-            (base / folder).mkdir(parents=True)
-        for kind, count in (("Normal", normal), ("Anomaly", anomalous)):
-            for i in range(count):
-                pixels = rng.normal(128, 12, (60, 80, 3))
-                pixels[20:40, 30:50] -= 60
-                relative = f"{category}/Data/Images/{kind}/{i:03d}.JPG"
-                mask = ""
-                if kind == "Anomaly":
-                    pixels[25:33, 34:44] += 120
-                    plane = np.zeros((60, 80), np.uint8)
-                    plane[25:33, 34:44] = 1 + i % 2
-                    mask = f"{category}/Data/Masks/Anomaly/{i:03d}.png"
-                    Image.fromarray(plane).save(root / mask)
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
-                    root / relative, "JPEG", quality=95
-                )
-                split = "test" if kind == "Anomaly" or i >= normal - 3 else "train"
-                label = "anomaly" if kind == "Anomaly" else "normal"
-                rows.append((category, split, label, relative, mask))
-    (root / "split_csv").mkdir()
-    with open(root / "split_csv" / "1cls.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("object", "split", "label", "image", "mask"))
-        writer.writerows(rows)
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +95,51 @@ def test_an_interrupted_evaluation_goes_on(visa, tmp_path, capsys):
     touched.write_bytes(touched.read_bytes())  # other data, for all one can see from outside
     evaluate(config(visa, tmp_path))
     assert (tmp_path / "categories/board/result.json").stat().st_mtime_ns != before
+
+
+def test_each_category_has_its_own_weights(visa, tmp_path):
+    for seed, name in enumerate(("board", "nut")):
+        (tmp_path / name).mkdir()
+        torch.save(new_weights(seed), tmp_path / name / "last.pt")
+    each = config(visa, tmp_path / "each", weights=str(tmp_path / "{category}" / "last.pt"))
+    run = evaluate(each)
+    assert run["config"]["weights"] == each.weights
+    for found in run["categories"]:
+        weights = str(tmp_path / found["name"] / "last.pt")
+        one = config(visa, tmp_path / "one", weights=weights, category=(found["name"],))
+        (expected,) = evaluate(one)["categories"]
+        for name in ("image", "pixel", "curves"):
+            assert found[name] == expected[name]
+    # had the first category's weights been used for both, the second's numbers would be these
+    other = config(visa, tmp_path / "other", weights=str(tmp_path / "board" / "last.pt"))
+    assert evaluate(other)["categories"][1]["curves"] != run["categories"][1]["curves"]
+
+    times = [path.stat().st_mtime_ns for path in results(tmp_path / "each")]
+    torch.save(new_weights(2), tmp_path / "nut" / "last.pt")
+    again = evaluate(each)
+    after = [path.stat().st_mtime_ns for path in results(tmp_path / "each")]
+    assert after[0] == times[0] and after[1] != times[1]
+    assert again["categories"][0] == run["categories"][0]
+    assert again["categories"][1]["curves"] != run["categories"][1]["curves"]
+
+
+def test_all_weights_are_looked_for_first(visa, tmp_path):
+    (tmp_path / "board").mkdir()
+    torch.save(new_weights(0), tmp_path / "board" / "last.pt")
+    weights = str(tmp_path / "{category}" / "last.pt")
+    with pytest.raises(InputError, match="category nut has no weights: .* file .*nut/last.pt"):
+        evaluate(config(visa, tmp_path / "out", weights=weights))
+    assert not results(tmp_path / "out")
+    evaluate(config(visa, tmp_path / "out", weights=weights, category=("board",)))
+
+
+def results(out) -> list:
+    return sorted(out.glob("categories/*/result.json"))
+
+
+def new_weights(seed: int) -> dict:
+    torch.manual_seed(seed)
+    return torchvision.models.resnet18().state_dict()
 
 
 def test_another_method_does_not_replace_results(visa, tmp_path):

@@ -100,3 +100,37 @@ def outline(dataset):
         for part, samples in (("train", category.train), ("test", category.test))
         for sample in samples
     )
+
+
+def small_visa(root, categories=("board", "nut"), normal=10, anomalous=3):
+    """A data set in the official VisA layout: dark discs on gray, defects are bright squares."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for category in categories:
+        base = root / category / "Data"
+        for folder in ("Images/Normal", "Images/Anomaly", "Masks/Anomaly"):
+            (base / folder).mkdir(parents=True)
+        for kind, count in (("Normal", normal), ("Anomaly", anomalous)):
+            for i in range(count):
+                pixels = rng.normal(128, 12, (60, 80, 3))
+                pixels[20:40, 30:50] -= 60
+                relative = f"{category}/Data/Images/{kind}/{i:03d}.JPG"
+                mask = ""
+                if kind == "Anomaly":
+                    pixels[25:33, 34:44] += 120
+                    plane = np.zeros((60, 80), np.uint8)
+                    plane[25:33, 34:44] = 1 + i % 2
+                    mask = f"{category}/Data/Masks/Anomaly/{i:03d}.png"
+                    Image.fromarray(plane).save(root / mask)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    root / relative, "JPEG", quality=95
+                )
+                split = "test" if kind == "Anomaly" or i >= normal - 3 else "train"
+                label = "anomaly" if kind == "Anomaly" else "normal"
+                rows.append((category, split, label, relative, mask))
+    (root / "split_csv").mkdir()
+    with open(root / "split_csv" / "1cls.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("object", "split", "label", "image", "mask"))
+        writer.writerows(rows)
+    return root
