@@ -3,6 +3,7 @@
 import argparse
 
 from spd_fast.choices import (
+    ADAPT,
     LOCAL_AUGS,
     OPTIMIZERS,
     PRECISIONS,
@@ -18,6 +19,7 @@ from spd_fast.errors import InputError
 def add_training_commands(commands) -> None:
     _add_views(commands)
     _add_pretrain(commands)
+    _add_adapt(commands)
 
 
 # ----------------------------------------------------------------------------------------- views
@@ -47,19 +49,45 @@ def _views(options) -> None:
 
 def _add_pretrain(commands) -> None:
     parser = command(commands, "pretrain", _pretrain, "pre-train a backbone")
+    add = _optional(parser)
+    add("--config", metavar="FILE", help="settings of an earlier run: its config.yaml")
+    add("--data", nargs="+", help="directories of images, one or more")
+    parser.add_argument("--out", required=True, help="directory of the run")
+    add(
+        "--init",
+        help="weights of the backbone to start from: random (default), imagenet, or a file",
+    )
+    add(
+        "--knn",
+        nargs="+",
+        metavar="DIR",
+        help="other images in folders by class: after each epoch, see how well nearest neighbours "
+        "in the features tell their classes",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="go on from OUT/last.pt if it is there, or from the checkpoint given",
+    )
+    _add_settings(add)
 
+
+def _optional(parser):
     def add(*names, **kwargs):
         """What is not given is left out: then the configuration, then the recipe decides."""
         parser.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
 
-    add("--config", metavar="FILE", help="settings of an earlier run: its config.yaml")
+    return add
+
+
+def _add_settings(add) -> None:
+    """What `pretrain` and `adapt` can both be told of a run."""
     add(
         "--recipe",
         choices=RECIPES,
         help="default simsiam; sets the options below that name no default",
     )
-    add("--data", nargs="+", help="directories of images, one or more")
-    parser.add_argument("--out", required=True, help="directory of the run")
     add(
         "--spd",
         action=argparse.BooleanOptionalAction,
@@ -78,10 +106,6 @@ def _add_pretrain(commands) -> None:
     )
     add("--local-aug", choices=LOCAL_AUGS, help="default smoothblend")
     add("--backbone", help="a torchvision ResNet, default resnet50")
-    add(
-        "--init",
-        help="weights of the backbone to start from: random (default), imagenet, or a file",
-    )
     add("--size", type=positive, help="side of the views, pixels, default 224")
     add("--batch-size", type=positive, help="of all processes together")
     add("--epochs", type=positive)
@@ -111,13 +135,6 @@ def _add_pretrain(commands) -> None:
     add("--accumulate", type=positive, help="parts in which a batch passes, default 1")
     add("--precision", choices=PRECISIONS, help="default float32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone")
-    add(
-        "--knn",
-        nargs="+",
-        metavar="DIR",
-        help="other images in folders by class: after each epoch, see how well nearest neighbours "
-        "in the features tell their classes",
-    )
     add("--keep", type=int, help="checkpoints of the last epochs to keep, default 0")
     add("--workers", type=positive, help="threads that read and augment, default 2")
     add("--seed", type=seed, help="of order, views and first weights, default 0")
@@ -127,19 +144,13 @@ def _add_pretrain(commands) -> None:
         action=argparse.BooleanOptionalAction,
         help="replace unreadable images, and list them; off by default",
     )
-    add(
-        "--resume",
-        nargs="?",
-        const="auto",
-        help="go on from OUT/last.pt if it is there, or from the checkpoint given",
-    )
 
 
 def _pretrain(options) -> int:
     from spd_fast.pretrain import pretrain
     from spd_fast.pretrain_config import PretrainConfig, read_config
 
-    given = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+    given = _given(options)
     if "config" in given:
         file = read_config(given["config"])
         recipe = file.get("recipe", "simsiam")
@@ -153,3 +164,40 @@ def _pretrain(options) -> int:
     if "data" not in given:
         raise InputError("pretrain needs --data, or a --config that names it")
     return pretrain(PretrainConfig(**given))
+
+
+def _given(options) -> dict:
+    return {k: v for k, v in vars(options).items() if k not in ("command", "run")}
+
+
+# ----------------------------------------------------------------------------------------- adapt
+
+
+def _add_adapt(commands) -> None:
+    parser = command(
+        commands, "adapt", _adapt, "pre-train further on the normal images of each category"
+    )
+    parser.epilog = (
+        f"Defaults in place of the recipe's: {ADAPT['epochs']} epochs, batches of "
+        f"{ADAPT['batch_size']}, a rate scaled with the root of the batch, no warm-up; MoCo: a "
+        f"queue of {ADAPT['queue_size']}. supervised has nothing to learn from one class."
+    )
+    add = _optional(parser)
+    parser.add_argument("--data", required=True, help="root of VisA (either layout) or MVTec-AD")
+    add("--category", nargs="+", metavar="NAME", help="only these; default all")
+    parser.add_argument(
+        "--init", required=True, help="weights to start from: imagenet, random, or a file"
+    )
+    parser.add_argument("--out", required=True, help="makes a run in OUT/CATEGORY for each")
+    add(
+        "--resume",
+        action="store_true",
+        help="leave finished categories as they are, and go on with an interrupted one",
+    )
+    _add_settings(add)
+
+
+def _adapt(options) -> int:
+    from spd_fast.adapt import adapt
+
+    return adapt(**_given(options))

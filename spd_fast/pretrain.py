@@ -4,7 +4,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from spd_fast import recipes
 from spd_fast.checkpoints import Run, find_checkpoint, keep_checkpoint, restore, save_checkpoint
+from spd_fast.datasets import read_dataset
 from spd_fast.distributed import (
     averaged,
     barrier,
@@ -179,7 +180,7 @@ def _save(run: Run, out: Path, log: StepLog, epoch_ends: bool) -> None:
 def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> Run:
     part = part_size(config, world_size())
     loader = ViewLoader(
-        config.data,
+        _roots(config),
         getattr(recipes, config.recipe)(config.spd, config.local_aug, config.spd_source),
         part * config.accumulate,
         size=config.size,
@@ -214,6 +215,15 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
     if config.knn and not rank():
         knn = KnnMonitor(loader.data, config.knn, config.size, device, config.workers)
     return Run(config, model, averaged(model), optimizer, scaler, loader, knn, lr, steps)
+
+
+def _roots(config: PretrainConfig) -> str | Path | Sequence[str | Path]:
+    """What `ImageFolder` takes: directories, or the normal training images of a category."""
+    if config.category is None:
+        return config.data
+    root = config.data if isinstance(config.data, str | Path) else config.data[0]
+    (category,) = read_dataset(root, "1cls", [config.category])
+    return [sample.image for sample in category.train]
 
 
 def _new_method(config: PretrainConfig, classes: int) -> Method:

@@ -20,8 +20,9 @@ RECIPE_FILES = Path(__file__).parent / "recipes"
 class PretrainConfig:
     """What `spd-fast pretrain` takes. What is None is as the recipe's file has it."""
 
-    data: Sequence[str | Path]  # directories of images
+    data: Sequence[str | Path]  # directories of images; with `category`, that of its data set
     out: str | Path
+    category: str | None = None  # only its normal training images, as `read_dataset` gives them
     recipe: str = "simsiam"
     spd: bool = True
     spd_loss: str | None = None  # "cosine", formula 2; "xent": a classifier tells x_neg from x_pos
@@ -196,6 +197,16 @@ def part_size(config: PretrainConfig, ranks: int) -> int:
 
 
 def _check(config: PretrainConfig) -> None:
+    if config.category is not None:
+        if not isinstance(config.data, str | Path) and len(config.data) != 1:
+            raise InputError(
+                f"the category {config.category} is of one data set, got {len(config.data)} of them"
+            )
+        if config.recipe == "supervised":
+            raise InputError(
+                f"the category {config.category} has one class of images, the normal ones: nothing "
+                "for the recipe supervised to learn"
+            )
     for name, allowed in (
         ("spd_loss", SPD_LOSSES),
         ("optimizer", OPTIMIZERS),

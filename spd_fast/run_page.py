@@ -48,7 +48,8 @@ def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> Non
     rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
     found = read_json(out / "run.json")
     page = template("run.html.j2").render(
-        title=f"Pre-training: {config.recipe}{' + SPD' if config.spd else ''}, {config.backbone}",
+        title=f"Pre-training: {config.recipe}{' + SPD' if config.spd else ''}, {config.backbone}"
+        + (f", {config.category}" if config.category else ""),
         step=lines[-1]["step"],
         rate=f"{statistics.median(rates):.0f}",
         found=found,

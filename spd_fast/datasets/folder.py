@@ -13,8 +13,9 @@ class ImageFolder:
 
     The class of an image is the first folder below the root, however deep the image lies; images
     directly in a root belong to a class named after the root. A class of the same name in two roots
-    is one class. Symbolic links are followed, except back up to a folder that is being read. Files
-    that are not images by their suffix, and hidden files and folders, are ignored.
+    is one class. A root may also be an image, of a class named after its folder. Symbolic links are
+    followed, except back up to a folder that is being read. Files that are not images by their
+    suffix, and hidden files and folders, are ignored.
 
     Attributes:
         paths: the images, root after root in the order given, sorted within each, so that an index
@@ -23,7 +24,7 @@ class ImageFolder:
         classes: sorted names.
 
     Raises:
-        InputError: a root is not a directory, cannot be read, or holds no image.
+        InputError: a root is neither a directory nor an image, cannot be read, or holds no image.
     """
 
     def __init__(self, roots: str | Path | Iterable[str | Path]):
@@ -33,6 +34,10 @@ class ImageFolder:
         self.paths: list[Path] = []
         names: list[str] = []
         for root in map(Path, roots):
+            if is_image_name(root.name) and root.is_file():
+                self.paths.append(root)
+                names.append(root.resolve().parent.name)
+                continue
             found = _images_of(root)
             own_name = root.resolve().name
             self.paths += (root / path for path in found)
