@@ -1,33 +1,54 @@
 // PatchCore: greedy k-center and nearest neighbours.
 
 #include <atomic>
+#include <cfloat>
+#include <memory>
 
 #include "bindings.h"
 
 namespace spd {
 
+// Not initialised: what fills it touches every page anyway.
+template <class T>
+static std::unique_ptr<T, decltype(&free)> new_array(int64_t size) {
+    const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+    T* array = static_cast<T*>(aligned_alloc(64, bytes));
+    if (!array) throw std::bad_alloc();
+    return {array, &free};
+}
+
 // Fills picks (k,), whose first is the start. `progress` is called with how many are known every
 // now and then, and may raise. Returns how many full distances were computed.
-static int64_t greedy_kcenter(const py::array& points, const py::array& bounds, float slack,
+static int64_t greedy_kcenter(const py::array& points, const py::array& origin, float scale,
                               const py::array& picks, const py::function& progress) {
     require(points.ndim() == 2 && picks.ndim() == 1, "points must be 2-D, picks 1-D");
     KCenter state{};
     state.n = points.shape(0);
     state.k = picks.shape(0);
-    state.d = int(points.shape(1));
-    require(state.d % 32 == 0 && state.n < int64_t(1) << 31,
-            "points must be (n, d) with d a multiple of 32 and n < 2^31");
+    require(points.shape(1) >= 1 && points.shape(1) <= 65536 && state.n < int64_t(1) << 31,
+            "points must be (n, d) with d = 1..65536 and n < 2^31");
     require(state.k >= 1 && state.k <= state.n, "picks must be 1..n");
+    require(scale > 0 && scale <= FLT_MAX, "the scale must be positive and finite");
+    state.d = int(points.shape(1));
+    state.bytes = (state.d + kcenter_bytes - 1) / kcenter_bytes * kcenter_bytes;
     state.points = data_of<float>(points, "points", {state.n, state.d});
-    state.bounds = data_of<float>(bounds, "bounds", {state.n, kcenter_bounds});
-    state.slack = slack;
+    state.origin = data_of<float>(origin, "origin", {state.d});
+    state.scale = scale;
     state.picks = data_of<int64_t>(picks, "picks", {state.k}, true);
     require(state.picks[0] >= 0 && state.picks[0] < state.n, "the start is out of range");
-    const int64_t blocks = (state.k + kcenter_block - 1) / kcenter_block;
-    std::vector<Waiting> heap(state.n);
-    std::vector<float> pick_bounds(blocks * kcenter_block * kcenter_bounds);
-    state.heap = heap.data();
-    state.pick_bounds = pick_bounds.data();
+    const int64_t room = (state.k + kcenter_block - 1) / kcenter_block * kcenter_block;
+    const auto heap = new_array<Waiting>(state.n);
+    const auto point_bytes = new_array<int8_t>(state.n * state.bytes);
+    const auto infos = new_array<ByteInfo>(state.n);
+    std::vector<uint8_t> pick_bytes(room * state.bytes);
+    std::vector<int32_t> pick_squares(room);
+    std::vector<float> pick_errors(room);
+    state.heap = heap.get();
+    state.point_bytes = point_bytes.get();
+    state.infos = infos.get();
+    state.pick_bytes = pick_bytes.data();
+    state.pick_squares = pick_squares.data();
+    state.pick_errors = pick_errors.data();
     {
         py::gil_scoped_release release;
         kernels->kcenter_begin(state);
@@ -57,7 +78,7 @@ static void nearest_neighbors(const py::array& queries, const py::array& bank,
     args.coordinates = int(query_bounds.shape(1));
     args.k = int(k);
     args.slack = slack;
-    require(args.d % 32 == 0 && k >= 1 && k <= args.n, "d must be a multiple of 32, k 1..n");
+    require(k >= 1 && k <= args.n, "k must be 1..n");
     args.queries = data_of<float>(queries, "queries", {q, args.d});
     args.bank = data_of<float>(bank, "bank", {args.n, args.d});
     args.query_bounds = data_of<float>(query_bounds, "query_bounds", {q, args.coordinates});

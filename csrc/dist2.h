@@ -11,7 +11,7 @@
 namespace spd {
 namespace {  // internal linkage: see common.h
 
-constexpr int partial_sums = 32;  // d must be a multiple of it
+constexpr int partial_sums = 32;
 // Lower bounds are computed for so many points at once; their coordinates are interleaved.
 constexpr int bound_block = 16;
 constexpr int block_vectors = bound_block / lanes;
@@ -29,12 +29,17 @@ static inline float tree_sum(const Floats* sums) {
 // monotonic, so a sum of fewer squares is never the larger one.
 static inline float dist2(const float* a, const float* b, int d, float limit) {
     Floats sums[partial_sums / lanes] = {};
-    for (int k = 0; k < d; k += partial_sums) {
+    int k = 0;
+    for (; k + partial_sums <= d; k += partial_sums) {
         for (int i = 0; i < partial_sums / lanes; ++i) {
             const Floats delta = load(a + k + i * lanes) - load(b + k + i * lanes);
             sums[i] += delta * delta;
         }
         if (k % 128 == 96 && tree_sum(sums) > limit) return INFINITY;
+    }
+    for (int i = 0; k < d; ++i, k += lanes) {  // the last ones, and zeros
+        const Floats delta = load_first(a + k, d - k) - load_first(b + k, d - k);
+        sums[i] += delta * delta;
     }
     return tree_sum(sums);
 }

@@ -1,16 +1,18 @@
 // Greedy k-center without most of its distances. A point's distance to the picks is looked at only
 // when the point is at the top of a heap of upper bounds, and then only to those picks that a lower
-// bound in a few coordinates does not rule out. The picks are those of the plain algorithm.
+// bound from bytes does not rule out. The picks are those of the plain algorithm.
 
 #include "kcenter.h"
 
-#include "dist2.h"
+#include "bytes.h"
 
 namespace spd {
 namespace SPD_ISA {
 namespace {
 
-static_assert(kcenter_block == bound_block, "the header cannot include vectors.h");
+static_assert(kcenter_block == bound_block && kcenter_bytes % byte_step == 0 &&
+                  kcenter_bytes % lanes == 0,
+              "the header cannot include vectors.h");
 
 bool comes_first(const Waiting& a, const Waiting& b) {
     return a.distance > b.distance || (a.distance == b.distance && a.point < b.point);
@@ -27,66 +29,70 @@ void sift_down(Waiting* heap, int64_t size, int64_t place) {
     heap[place] = moved;
 }
 
-void add_bounds_of_pick(KCenter& state, int64_t number) {
-    const float* bounds = state.bounds + state.picks[number] * kcenter_bounds;
-    float* block = state.pick_bounds + number / bound_block * bound_block * kcenter_bounds;
-    for (int c = 0; c < kcenter_bounds; ++c)
-        block[c * bound_block + number % bound_block] = bounds[c];
+void add_pick(KCenter& state, int64_t point) {
+    const int64_t number = state.done++, first = number / bound_block * bound_block;
+    state.picks[number] = point;
+    put_in_block(state.pick_bytes + first * state.bytes, int(number - first),
+                 state.point_bytes + point * state.bytes, state.bytes);
+    state.pick_squares[number] = state.infos[point].square;
+    state.pick_errors[number] = state.infos[point].error;
 }
 
 // Points come up in no order, so each would be waited for. GCC leaves out calls of a function that
 // only fetches: it has to be inlined.
 __attribute__((always_inline)) inline void fetch(const KCenter& state, int64_t point) {
-    constexpr int line = 16;
-    const float* bounds = state.bounds + point * kcenter_bounds;
-    for (int c = 0; c < kcenter_bounds; c += line) __builtin_prefetch(bounds + c);
-    for (int c = 0; c < state.d; c += line)
+    for (int c = 0; c < state.bytes; c += 64)
+        __builtin_prefetch(state.point_bytes + point * state.bytes + c);
+    for (int c = 0; c < state.d; c += 16)
         __builtin_prefetch(state.points + point * state.d + c, 0, 2);  // needed later, if at all
 }
 
-// Of the picks of a block whose bits are set, those whose bound is below `limit`. The first
-// coordinates, along which points differ most, already rule out most of the others.
-unsigned candidates(const float* block, const float* bounds, float limit, unsigned bits) {
-    constexpr int step = 16;
-    static_assert(kcenter_bounds % step == 0);
-    Floats lower[block_vectors] = {};
-    for (int c = 0; c < kcenter_bounds && bits; c += step) {
-        Floats more[block_vectors];
-        bound_distances<1>(block + c * bound_block, bounds + c, step, more);
-        unsigned below_limit = 0;
-        for (int v = 0; v < block_vectors; ++v) {
-            lower[v] += more[v];
-            below_limit |= below(lower[v], limit) << v * lanes;
-        }
-        bits &= below_limit;
+// Of the picks of a block whose bits are set, those that may be nearer than `distance`: integers
+// of squared distance `squares`, errors of the picks and the point.
+unsigned candidates(const Floats* squares, const float* errors, float error, float distance,
+                    float scale, unsigned bits) {
+    // Covers the rounding of dist2, and 1e-18 what stands above an underflow in a square.
+    const float reach = (sqrtf(distance) * 1.0001f + 1e-18f) * scale + error;
+    unsigned found = 0;
+    for (int v = 0; v < block_vectors; ++v) {
+        const Floats limit = load(errors + v * lanes) + reach;
+        found |= below(squares[v] - limit * limit, 0) << v * lanes;
     }
-    return bits;
+    return found & bits;
+}
+
+int place_of_smallest(const Floats* squares, unsigned bits) {
+    const float* values = reinterpret_cast<const float*>(squares);
+    int place = __builtin_ctz(bits);
+    for (bits &= bits - 1; bits; bits &= bits - 1)
+        if (values[__builtin_ctz(bits)] < values[place]) place = __builtin_ctz(bits);
+    return place;
 }
 
 // Compares a point with the picks that it has not seen, until it is nearer to one than `enough`.
 void refresh(KCenter& state, Waiting& item, float enough) {
     const float* point = state.points + size_t(item.point) * state.d;
-    const float* bounds = state.bounds + size_t(item.point) * kcenter_bounds;
-    float limit = widened(item.distance, state.slack);
-    while (item.seen < state.done) {
+    const int8_t* bytes = state.point_bytes + size_t(item.point) * state.bytes;
+    const ByteInfo info = state.infos[item.point];
+    while (item.seen < state.done && item.distance >= enough) {
         const int64_t first = item.seen / bound_block * bound_block;
         const int64_t end = min2<int64_t>(first + bound_block, state.done);
-        const unsigned unseen = ~0u << (item.seen - first) & ((1u << (end - first)) - 1);
-        unsigned bits =
-            candidates(state.pick_bounds + first * kcenter_bounds, bounds, limit, unseen);
+        const float* errors = state.pick_errors + first;
+        Floats squares[block_vectors];
+        byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first, bytes,
+                       info, state.bytes, squares);
+        unsigned bits = ~0u << (item.seen - first) & ((1u << (end - first)) - 1);
         item.seen = int32_t(end);
-        for (; bits; bits &= bits - 1) {
-            const int64_t pick = first + __builtin_ctz(bits);
-            const float* other = state.points + state.picks[pick] * state.d;
-            const float distance = dist2(point, other, state.d, item.distance);
+        bits = candidates(squares, errors, info.error, item.distance, state.scale, bits);
+        while (bits) {
+            const int place = place_of_smallest(squares, bits);  // may rule out the others
+            const float* pick = state.points + state.picks[first + place] * state.d;
+            const float distance = dist2(point, pick, state.d, item.distance);
             ++state.evaluations;
+            bits &= ~(1u << place);
             if (distance >= item.distance) continue;
             item.distance = distance;
-            if (distance < enough) {
-                item.seen = int32_t(pick + 1);
-                return;
-            }
-            limit = widened(distance, state.slack);
+            bits = candidates(squares, errors, info.error, distance, state.scale, bits);
         }
     }
 }
@@ -94,24 +100,26 @@ void refresh(KCenter& state, Waiting& item, float enough) {
 }  // namespace
 
 void kcenter_begin(KCenter& state) {
-    const float* start = state.points + state.picks[0] * state.d;
-    state.waiting = 0;
-    for (int64_t i = 0; i < state.n; ++i)
-        if (i != state.picks[0])
+    const int64_t start = state.picks[0];
+    for (int64_t i = 0; i < state.n; ++i) {
+        const float* point = state.points + i * state.d;
+        int8_t* bytes = state.point_bytes + i * state.bytes;
+        memset(bytes + state.bytes - kcenter_bytes, 0, kcenter_bytes);
+        state.infos[i] = to_bytes(point, state.origin, state.scale, state.d, bytes);
+        if (i != start)
             state.heap[state.waiting++] = {
-                dist2(state.points + i * state.d, start, state.d, INFINITY), int32_t(i), 1};
+                dist2(point, state.points + start * state.d, state.d, INFINITY), int32_t(i), 1};
+    }
     state.evaluations = state.waiting;
     for (int64_t i = state.waiting / 2; i-- > 0;) sift_down(state.heap, state.waiting, i);
-    add_bounds_of_pick(state, 0);
-    state.done = 1;
+    add_pick(state, start);
 }
 
 void kcenter_advance(KCenter& state, int64_t picked) {
     Waiting* heap = state.heap;
     while (state.done < picked) {
         if (heap[0].seen == state.done) {
-            state.picks[state.done] = heap[0].point;
-            add_bounds_of_pick(state, state.done++);
+            add_pick(state, heap[0].point);
             heap[0] = heap[--state.waiting];
         } else {
             float second = -1;

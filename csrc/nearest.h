@@ -8,7 +8,7 @@ namespace spd {
 constexpr int nearest_block = 16;
 
 struct NearestArgs {
-    const float* queries;       // (q, d), d a multiple of 32
+    const float* queries;       // (q, d)
     const float* bank;          // (n, d)
     const float* query_bounds;  // (q, coordinates), see dist2.h
     const float* bank_bounds;   // (n / nearest_block rounded up, coordinates, nearest_block)

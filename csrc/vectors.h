@@ -34,6 +34,18 @@ static inline Floats load(const float* p) {
     return v;
 }
 
+// The first `count` floats, or as many as there is room for, then zeros.
+static inline Floats load_first(const float* p, int count) {
+    if (count >= lanes) return load(p);
+#if defined(__AVX512F__)
+    return (Floats)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#else
+    Floats v = {};
+    for (int i = 0; i < count; ++i) v[i] = p[i];
+    return v;
+#endif
+}
+
 static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
 static inline float sum_of(Floats v) {

@@ -12,8 +12,7 @@ from spd_fast import InputError, greedy_kcenter
 from spd_fast import reference_patchcore as reference
 from spd_fast.ops.backends import native
 from spd_fast.ops.bounds import coordinates, principal_axes, rounding
-from spd_fast.ops.kcenter import BOUNDS
-from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
+from spd_fast.ops.nearest import BOUNDS, nearest_neighbors, prepare_bank
 
 # ------------------------------------------------------- reference against numpy, anomalib, sklearn
 
@@ -154,6 +153,7 @@ def test_bad_input_is_named():
         ((points, 5, -1), r"start must be 0..199"),
         ((broken, 5), "points must be finite"),
         ((points * 1e20, 5), "at most 1e[+]15 in size"),
+        ((torch.zeros(1, 65537), 1), "points must have at most 65536 coordinates each, got 65537"),
     ]:
         with pytest.raises(InputError, match=message):
             greedy_kcenter(*arguments)
@@ -175,8 +175,8 @@ def test_bad_input_is_named():
 
 def test_other_threads_run_during_a_selection():
     """The selection lets go of the interpreter: another thread runs before it ends."""
-    # Bounds of zero rule nothing out, so this takes a while; there is one report, at the end.
-    points, bounds = torch.randn(20_000, 256).numpy(), torch.zeros(20_000, BOUNDS).numpy()
+    # Bytes that are all zero rule nothing out, so this takes a while; one report, at the end.
+    points, origin = torch.randn(20_000, 256).numpy(), torch.zeros(256).numpy()
     picks, reports = torch.zeros(250, dtype=torch.int64).numpy(), []
 
     def another_runs() -> bool:
@@ -187,7 +187,7 @@ def test_other_threads_run_during_a_selection():
         )
         thread.start()
         started.set()
-        native.greedy_kcenter(points, bounds, 0.0, picks, reports.append)
+        native.greedy_kcenter(points, origin, 1e-20, picks, reports.append)
         finished.set()
         thread.join()
         return ran == [True]
@@ -199,6 +199,33 @@ def test_other_threads_run_during_a_selection():
     finally:
         sys.setswitchinterval(switch_interval)
     assert set(reports) == {250}
+
+
+@pytest.mark.parametrize("dim", [5, 100])
+def test_few_distances_are_computed(dim):
+    """Bytes of a scale at which all are zero rule nothing out; the picks are the same."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(1000, dim, generator=generator)
+    picks = torch.zeros(300, dtype=torch.int64)
+    arguments = (picks.numpy(), lambda done: None)
+    origin = torch.zeros(dim).numpy()
+    few = native.greedy_kcenter(points.numpy(), origin, 63 / 4.0, *arguments)
+    expected = greedy_kcenter(points, 300, backend="reference")
+    assert torch.equal(picks, expected)
+    all_seen = native.greedy_kcenter(points.numpy(), origin, 1e-20, *arguments)
+    assert torch.equal(picks, expected)
+    assert few < all_seen / 4
+
+
+@pytest.mark.parametrize("outlier", [0, 1])
+def test_a_point_far_from_all_others(outlier):
+    """As one of the sample it makes the bytes coarse; as none of it, its own bytes are cut off."""
+    points = torch.randn(2100, 40, generator=torch.Generator().manual_seed(0))
+    points[outlier] = 1e5
+    native_picks, plain = (
+        greedy_kcenter(points, 300, 2, backend=b) for b in ("native", "reference")
+    )
+    assert torch.equal(native_picks, plain) and native_picks[1] == outlier
 
 
 def test_pairs_outside_the_span_of_the_sample():
@@ -226,7 +253,7 @@ def test_progress_is_reported_and_may_interrupt():
         if done > 600:
             raise KeyboardInterrupt
 
-    bounds, picks = torch.zeros(2000, BOUNDS), torch.zeros(1000, dtype=torch.int64)
+    origin, picks = torch.zeros(32), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        native.greedy_kcenter(points.numpy(), bounds.numpy(), 0.0, picks.numpy(), report)
+        native.greedy_kcenter(points.numpy(), origin.numpy(), 1.0, picks.numpy(), report)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

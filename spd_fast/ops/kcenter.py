@@ -1,7 +1,6 @@
 """`greedy_kcenter`: which points PatchCore keeps as its coreset."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,9 +14,9 @@ from spd_fast.ops.backends import (
     reference_backend,
     select,
 )
-from spd_fast.ops.bounds import coordinates, principal_axes, rounding
 
-BOUNDS = 64  # kcenter_bounds of csrc/kcenter.h
+SAMPLE = 1024  # points that tell where the bytes of csrc/bytes.h have to reach
+LARGEST_BYTE = 63
 
 
 def greedy_kcenter(
@@ -71,6 +70,7 @@ def _(points, k, start=0, progress=False, backend=None) -> Tensor:
 
 
 LARGEST = 1e15  # squares of differences must stay finite in float32
+MOST_COORDINATES = 65536  # rounding of a sum must stay within the margins of csrc/dist2.h
 
 
 def check_points(name: str, points: Tensor) -> None:
@@ -78,6 +78,10 @@ def check_points(name: str, points: Tensor) -> None:
     if points.ndim != 2 or points.dtype != torch.float32 or not points.numel():
         raise InputError(
             f"{name} must be float32 (N, D), at least one, got {points.dtype} {tuple(points.shape)}"
+        )
+    if points.shape[1] > MOST_COORDINATES:
+        raise InputError(
+            f"{name} must have at most {MOST_COORDINATES} coordinates each, got {points.shape[1]}"
         )
     smallest, largest = points.aminmax()  # NaN if there is one
     if not bool(torch.maximum(-smallest, largest) <= LARGEST):
@@ -87,18 +91,15 @@ def check_points(name: str, points: Tensor) -> None:
         )
 
 
-def padded(points: Tensor) -> Tensor:
-    """Contiguous, with zeros up to a whole number of the kernels' partial sums."""
-    missing = -points.shape[1] % reference.PARTIAL_SUMS
-    return F.pad(points, (0, missing)) if missing else points.contiguous()
-
-
 def _kcenter_native(points, k, start, progress) -> Tensor:
-    bounds = coordinates(points, principal_axes(points, BOUNDS))
+    some = points[:: -(-len(points) // SAMPLE)]
+    origin = some.mean(0)
+    reach = max(float((some - origin).abs().max()), 1e-30)
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
-    slack = 2 * rounding(points, bounds)
-    native.greedy_kcenter(padded(points).numpy(), bounds.numpy(), slack, picks.numpy(), progress)
+    native.greedy_kcenter(
+        points.contiguous().numpy(), origin.numpy(), LARGEST_BYTE / reach, picks.numpy(), progress
+    )
     progress(k)
     return picks
 

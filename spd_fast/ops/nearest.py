@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spd_fast import reference_patchcore as reference
@@ -18,7 +17,7 @@ from spd_fast.ops.backends import (
     thread_count,
 )
 from spd_fast.ops.bounds import Axes, coordinates, in_blocks, principal_axes, rounding
-from spd_fast.ops.kcenter import check_points, padded
+from spd_fast.ops.kcenter import check_points
 
 BOUNDS = 32  # coordinates; more of them rule out more items of the bank, but cost more themselves
 
@@ -26,7 +25,7 @@ BOUNDS = 32  # coordinates; more of them rule out more items of the bank, but co
 class Bank(NamedTuple):
     """Points to be searched, with what makes searching them fast; see `prepare_bank`."""
 
-    points: Tensor  # (N, D) float32, D padded with zeros to a multiple of 32
+    points: Tensor  # (N, D) float32
     origin: Tensor  # (D,) float64: `spd_fast.ops.bounds.Axes`
     directions: Tensor  # (D, BOUNDS) float64
     blocks: Tensor  # (N / 16 rounded up, BOUNDS, 16) float32: the points' coordinates
@@ -42,7 +41,7 @@ def prepare_bank(points: Tensor) -> Bank:
     check_points("bank", points)
     axes = principal_axes(points, BOUNDS)
     found = coordinates(points, axes)
-    return Bank(padded(points), *axes, in_blocks(found), rounding(points, found))
+    return Bank(points.contiguous(), *axes, in_blocks(found), rounding(points, found))
 
 
 def nearest_neighbors(
@@ -108,7 +107,7 @@ def _nearest_native(queries, bank, k, threads) -> tuple[Tensor, Tensor]:
     squared = torch.empty(len(queries), k)
     indices = torch.empty(len(queries), k, dtype=torch.int64)
     native.nearest_neighbors(
-        padded(queries).numpy(),
+        queries.contiguous().numpy(),
         bank.points.numpy(),
         found.numpy(),
         bank.blocks.numpy(),
@@ -121,7 +120,6 @@ def _nearest_native(queries, bank, k, threads) -> tuple[Tensor, Tensor]:
 
 
 def _nearest_reference(queries, bank, k, threads) -> tuple[Tensor, Tensor]:
-    queries = F.pad(queries, (0, bank.points.shape[1] - queries.shape[1]))
     return reference.nearest_neighbors(queries, bank.points, k)
 
 

@@ -1,0 +1,105 @@
+// Points in bytes: enough of them to tell which distances need not be computed.
+//
+// A point x is written as integers q, |q| <= 63, with origin + q / scale near x. What is left over
+// is known: its length in units of the integers is the point's `error`. Distances of integers are
+// exact, so scale |x - y| >= |q_x - q_y| - error_x - error_y, whatever the origin and the scale.
+#pragma once
+
+#include <cmath>
+
+#include "dist2.h"
+#include "kcenter.h"
+
+namespace spd {
+namespace {  // internal linkage: see common.h
+
+// With 63, products of two pairs fit 16 bits if one factor is made positive by adding 64.
+constexpr int largest_byte = 63, made_positive = 64;
+constexpr int byte_step = 8;  // coordinates that are multiplied at once
+
+// x (d,) to q, which has zeros from d to the next multiple of lanes. An error is too large rather
+// than too small: the margins cover the rounding of up to 65,536 terms.
+static inline ByteInfo to_bytes(const float* x, const float* origin, float scale, int d,
+                                int8_t* q) {
+    typedef int8_t Bytes __attribute__((vector_size(lanes)));
+    constexpr float shift = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
+    Floats left_over = {};
+    Ints square = {}, sum = {};
+    for (int c = 0; c < d; c += lanes) {
+        const Floats place = (load_first(x + c, d - c) - load_first(origin + c, d - c)) * scale;
+        Floats whole = place < -float(largest_byte) ? Floats{} - largest_byte : place;
+        whole = whole > float(largest_byte) ? Floats{} + largest_byte : whole;
+        whole = (whole + shift) - shift;
+        left_over += (place - whole) * (place - whole);
+        const Ints integers = __builtin_convertvector(whole, Ints);
+        square += integers * integers;
+        sum += integers;
+        const Bytes bytes = __builtin_convertvector(integers, Bytes);
+        memcpy(q + c, &bytes, sizeof bytes);
+    }
+    ByteInfo info{0, 0, 0};
+    for (int i = 0; i < lanes; ++i) {
+        info.square += square[i];
+        info.excess += sum[i] * made_positive;
+    }
+    const float length = sqrtf(sum_of(left_over));
+    info.error = length * 1.001f + 1e-6f * (length + sqrtf(float(info.square)));
+    return info;
+}
+
+// sum[i] + the products of four bytes of `a`, from 4 i, with four of `x`, and of `b` with `y`.
+static inline Ints add_products(Ints sum, const uint8_t* a, const uint8_t* b, const int8_t* x,
+                                const int8_t* y) {
+#if defined(__AVX512BW__) || defined(__AVX2__) || defined(__SSSE3__)
+    int32_t four_x, four_y;
+    memcpy(&four_x, x, 4);
+    memcpy(&four_y, y, 4);
+#if defined(__AVX512BW__)
+    const __m512i pairs =
+        _mm512_add_epi16(_mm512_maddubs_epi16(_mm512_loadu_si512(a), _mm512_set1_epi32(four_x)),
+                         _mm512_maddubs_epi16(_mm512_loadu_si512(b), _mm512_set1_epi32(four_y)));
+    return sum + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_add_epi16(
+        _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)a), _mm256_set1_epi32(four_x)),
+        _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)b), _mm256_set1_epi32(four_y)));
+    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    const __m128i pairs = _mm_add_epi16(
+        _mm_maddubs_epi16(_mm_loadu_si128((const __m128i*)a), _mm_set1_epi32(four_x)),
+        _mm_maddubs_epi16(_mm_loadu_si128((const __m128i*)b), _mm_set1_epi32(four_y)));
+    return sum + (Ints)_mm_madd_epi16(pairs, _mm_set1_epi16(1));
+#endif
+#else
+    for (int i = 0; i < lanes; ++i)
+        for (int j = 0; j < 4; ++j) sum[i] += a[4 * i + j] * x[j] + b[4 * i + j] * y[j];
+    return sum;
+#endif
+}
+
+// A block holds `bound_block` points, made positive: four coordinates of each, then the next four.
+static inline void put_in_block(uint8_t* block, int place, const int8_t* q, int bytes) {
+    for (int c = 0; c < bytes; ++c)
+        block[(c / 4 * bound_block + place) * 4 + c % 4] = uint8_t(q[c] + made_positive);
+}
+
+// Squared distances of the integers q (bytes,), a multiple of byte_step, to those of a block.
+static inline void byte_distances(const uint8_t* block, const int32_t* block_squares,
+                                  const int8_t* q, const ByteInfo& info, int bytes, Floats* out) {
+    constexpr int four = 4 * bound_block;  // bytes of four coordinates
+    Ints products[block_vectors] = {};
+    for (int c = 0; c < bytes; c += byte_step)
+        for (int v = 0; v < block_vectors; ++v) {
+            const uint8_t* a = block + c * bound_block + v * 4 * lanes;
+            products[v] = add_products(products[v], a, a + four, q + c, q + c + 4);
+        }
+    for (int v = 0; v < block_vectors; ++v) {
+        Ints squares;
+        memcpy(&squares, block_squares + v * lanes, sizeof squares);
+        squares += info.square - 2 * (products[v] - info.excess);
+        out[v] = __builtin_convertvector(squares, Floats);
+    }
+}
+
+}  // namespace
+}  // namespace spd
