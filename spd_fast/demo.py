@@ -27,13 +27,13 @@ def demo(out: str | Path = "demo") -> Path:
     """
     out = make_output_dir(out)
     clock = _Clock()
-    visa, images = _make_data(out)
+    visa, images = make_data(out)
     clock.lap("data")
     weights = {"random weights": "random"}
     for name, spd in (("SimSiam", False), ("SimSiam + SPD", True)):
         run = out / "pretrain" / ("simsiam_spd" if spd else "simsiam")
         print(f"\n== pre-training {name}", flush=True)
-        status = pretrain(_pretrain_config(images, run, spd))
+        status = pretrain(pretrain_config(images, run, spd))
         if status:
             raise SystemExit(status)
         weights[name] = str(run / "last.pt")
@@ -61,7 +61,7 @@ def demo(out: str | Path = "demo") -> Path:
     return report
 
 
-def _pretrain_config(images: Path, run: Path, spd: bool) -> PretrainConfig:
+def pretrain_config(images: Path, run: Path, spd: bool) -> PretrainConfig:
     return PretrainConfig(
         data=[str(images)],
         out=str(run),
@@ -76,18 +76,18 @@ def _pretrain_config(images: Path, run: Path, spd: bool) -> PretrainConfig:
     )
 
 
-def _make_data(out: Path) -> tuple[Path, Path]:
-    """The synthetic VisA, and a folder of photographs and its normal training images."""
+def make_data(out: Path, n_photographs: int = 240, n_normal: int = 100) -> tuple[Path, Path]:
+    """A synthetic VisA, and a folder of photographs and its normal training images."""
     visa, images = out / "data" / "visa", out / "data" / "images"
     unfinished = make_output_dir(out / "data") / "unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     if not visa.exists():
         print("== drawing a synthetic VisA", flush=True)
-        write_synthetic_visa(unfinished, n_normal=100)
+        write_synthetic_visa(unfinished, n_normal=n_normal)
         unfinished.rename(visa)
     if not images.exists():
         print("== cutting photographs", flush=True)
-        write_photographs(unfinished, count=240)
+        write_photographs(unfinished, count=n_photographs)
         for category in read_dataset(visa, "1cls"):
             folder = unfinished / f"normal_{category.name}"  # photographs may share a name
             folder.mkdir()
