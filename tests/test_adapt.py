@@ -121,12 +121,12 @@ def test_the_command_line_reaches_the_run(visa, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = ["adapt", "--data", str(visa), "--init", "imagenet", "--out", str(out)]
     more = ["--recipe", "simclr", "--no-spd", "--eta", "0.3", "--batch-size", "4", "--resume"]
-    assert main([*arguments, "--category", "nut", "--batch-size", "7"]) == 0
+    assert main([*arguments, "--category", "nut", "--batch-size", "2"]) == 0
     assert main([*arguments, *more]) == 0
     expected = resolved(
         PretrainConfig(
             **{"data": [str(visa)], "out": out / "nut", "category": "nut", "init": "imagenet"},
-            **ADAPT | {"batch_size": 7, "queue_size": None, "lr": 0.05 * (512 / 7) ** 0.5},
+            **ADAPT | {"batch_size": 2, "queue_size": None, "lr": 0.8},
         )
     )
     assert given[0] == expected
