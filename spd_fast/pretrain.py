@@ -4,7 +4,7 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -117,10 +117,12 @@ def _train(run: Run, out: Path) -> int:
         _endless(run.loader) as batches,
     ):
         while run.step < run.steps:
+            log.times.mark("other")
             batch = next(batches)
+            log.times.mark("data")
             for group in run.optimizer.param_groups:
                 group["lr"] = run.lr if group["fixed_lr"] else run.rate()
-            losses = train_step(run, batch)
+            losses = train_step(run, batch, log.times.mark)
             run.step += 1
             log.add(run.step, batch, losses, run.optimizer.param_groups[0]["lr"])
             stop = highest(caught[0] if caught else 0)
@@ -135,9 +137,9 @@ def _train(run: Run, out: Path) -> int:
     return 0
 
 
-def train_step(run: Run, batch: Batch) -> dict[str, Tensor]:
+def train_step(run: Run, batch: Batch, mark: Callable[[str], None]) -> dict[str, Tensor]:
     """One update of the weights; the means of the losses of the batch's parts, see
-    `Method.forward`."""
+    `Method.forward`. `mark` is told which part of the step has ended."""
     config, parts = run.config, run.config.accumulate
     dtype = getattr(torch, config.precision)
     run.model.before_step()
@@ -150,11 +152,14 @@ def train_step(run: Run, batch: Batch) -> dict[str, Tensor]:
         with run.trained.no_sync() if waits else nullcontext():
             with torch.autocast(views.device.type, dtype, enabled=dtype != torch.float32):
                 losses = run.trained(views, labels, config.eta)
+            mark("forward")
             run.scaler.scale(losses["loss"] / parts).backward()
         for name, loss in losses.items():
             total[name] = total.get(name, 0) + loss.detach() / parts
+        mark("backward")
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    mark("optimizer")
     return total
 
 

@@ -13,6 +13,7 @@ from spd_fast.loader import ViewLoader
 from spd_fast.pretrain_config import PretrainConfig, settings
 from spd_fast.report import template
 from spd_fast.sheet import views_sheet
+from spd_fast.step_times import PARTS
 
 PAGE = "run.html"
 EXAMPLES = 3  # images
@@ -34,9 +35,9 @@ CURVES = (
     ("Nearest neighbours", "share of other images whose class they give", {"knn_top1": "top 1"}),
     ("Learning rate", "", {"lr": "rate"}),
     ("Images per second", "", {"images_per_s": "images / s"}),
-    ("Waiting for data", "share of the time", {"wait_share": "share"}),
+    ("Seconds of a step", "", {f"{part}_s": part for part in PARTS}),
 )
-FROM_ZERO = ("z_std", "knn_top1", "lr", "images_per_s", "wait_share")
+FROM_ZERO = ("z_std", "knn_top1", "lr", "images_per_s", "data_s")
 
 
 def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> None:
@@ -45,13 +46,14 @@ def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> Non
     The examples are the views that some images, spread over the data, have in the first epoch.
     """
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    steps = [line for line in lines if "images_per_s" in line]
     found = read_json(out / "run.json")
     page = template("run.html.j2").render(
         title=f"Pre-training: {config.recipe}{' + SPD' if config.spd else ''}, {config.backbone}"
         + (f", {config.category}" if config.category else ""),
         step=lines[-1]["step"],
-        rate=f"{statistics.median(rates):.0f}",
+        rate=f"{statistics.median(line['images_per_s'] for line in steps):.0f}",
+        shares=_shares(steps),
         found=found,
         curves=[curve for curve in (_curve(lines, *row) for row in CURVES) if curve],
         examples=_examples(config, loader),
@@ -60,6 +62,12 @@ def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> Non
         height=PLOT[1],
     )
     write_text(out / PAGE, page)
+
+
+def _shares(steps: list[dict]) -> dict[str, str]:
+    """Each part's share of the time of all steps, in percent."""
+    seconds = {part: sum(line[f"{part}_s"] for line in steps) for part in PARTS}
+    return {part: f"{took / sum(seconds.values()):.1%}" for part, took in seconds.items()}
 
 
 def _curve(lines: list[dict], title: str, note: str, names: dict[str, str]) -> dict | None:

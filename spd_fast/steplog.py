@@ -13,6 +13,7 @@ from spd_fast.distributed import mean_over_ranks, rank, world_size
 from spd_fast.errors import InputError
 from spd_fast.files import save_state, write_text
 from spd_fast.loader import Batch, ViewLoader
+from spd_fast.step_times import StepTimes
 
 
 class StepLog:
@@ -42,8 +43,8 @@ class StepLog:
             mininterval=0.5,
             disable=not self.writes,
         )
-        self.started = self.last = time.perf_counter()
-        self.last_wait = self.loader.wait_seconds
+        self.started = time.perf_counter()
+        self.times = StepTimes(loader.device)
 
     def __enter__(self) -> "StepLog":
         return self
@@ -55,18 +56,13 @@ class StepLog:
                 file.close()
 
     def add(self, step: int, batch: Batch, losses: dict[str, Tensor], lr: float) -> None:
-        """Note a step; `losses` are this process's, of one dtype."""
+        """Note a step; `losses` are this process's, of one dtype. Its time ends here."""
         self.flush()
-        now, wait = time.perf_counter(), self.loader.wait_seconds
         own = torch.stack(list(losses.values()))
         values = mean_over_ranks(own)
-        speed = {
-            "lr": lr,
-            "images_per_s": self.batch_size / (now - self.last),
-            "wait_share": (wait - self.last_wait) / (now - self.last),
-        }
-        self.pending = step, list(losses), values, speed, own, (batch.indices, batch.params)
-        self.last, self.last_wait = now, wait
+        self.times.mark("other")
+        batch = batch.indices, batch.params
+        self.pending = step, list(losses), values, lr, self.times.take(), own, batch
 
     def flush(self) -> None:
         """Write the step that is waiting.
@@ -76,7 +72,7 @@ class StepLog:
         """
         if self.pending is None:
             return
-        step, names, values, speed, own, batch = self.pending
+        step, names, values, lr, marks, own, batch = self.pending
         self.pending = None
         numbers = dict(zip(names, values.tolist()))
         epoch = (step - 1) // len(self.loader)
@@ -87,7 +83,9 @@ class StepLog:
         self.losses.append(numbers["loss"])
         if not self.writes:
             return
-        numbers |= speed
+        seconds = self.times.seconds_of(marks)
+        numbers |= {"lr": lr, "images_per_s": self.batch_size / sum(seconds.values())}
+        numbers |= {f"{part}_s": took for part, took in seconds.items()}
         self.file.write(json.dumps({"step": step, "epoch": epoch, **numbers}) + "\n")
         self._to_tensorboard(step, numbers)
         waiting = self.loader.wait_seconds / (time.perf_counter() - self.started)

@@ -68,15 +68,21 @@ def test_curves_of_one_step_and_of_many(run, tmp_path):
     loader = ViewLoader(data, recipes.simsiam(spd=False), 8, size=32)
     found = {"steps": 9000, "images": 24, "classes": 1, "device": "cpu", "processes": 2}
     (tmp_path / "run.json").write_text(json.dumps(found | {"versions": {}}))
-    names = ("loss", "loss_ssl", "z_std", "lr", "images_per_s", "wait_share")
+    names = ("loss", "loss_ssl", "z_std", "lr", "images_per_s")
+    seconds = {"data_s": 0.1, "forward_s": 0.3, "backward_s": 0.5, "optimizer_s": 0.1, "other_s": 0}
     for steps in (1, 9000):
-        lines = [{"step": i + 1} | {n: float(i == 460) for n in names} for i in range(steps)]
+        lines = [
+            {"step": i + 1} | seconds | {n: float(i == 460) for n in names} for i in range(steps)
+        ]
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
         write_run_page(tmp_path, settings, loader)
         page = (tmp_path / "run.html").read_text()
         assert f"Step {steps} of 9000" in page and "SPD" not in page
+        assert "10.0% data, 30.0% forward, 50.0% backward, 10.0% optimizer, 0.0% other" in page
         curves = polylines(page)
-        assert len(curves) == len(names) and all(len(c) == min(steps, POINTS) for c in curves)
+        assert len(curves) == len(names) + len(seconds) and all(
+            len(c) == min(steps, POINTS) for c in curves
+        )
         assert all(0 <= x <= 320 and 0 <= y <= 150 for curve in curves for x, y in curve)
     # one step among the 45 of a point is seen
     assert [y for _, y in curves[0]] == [150.0] * 10 + [0.0] + [150.0] * 189
