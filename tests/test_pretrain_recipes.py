@@ -1,5 +1,6 @@
 """Every recipe but SimSiam's, through whole runs."""
 
+import copy
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from pretrain_runs import config, signal_at, trace
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, normalize
 
 from spd_fast import recipes
 from spd_fast.errors import InputError
 from spd_fast.loader import ViewLoader
-from spd_fast.methods import SimCLR, Supervised
+from spd_fast.methods import MoCo, SimCLR, Supervised
 from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.pretrain_config import PretrainConfig, read_config
@@ -107,6 +108,49 @@ def test_simclr_and_supervised_equal_plain_loops(two_classes, tmp_path):
             optimizer.zero_grad()
             (ssl + 0.1 * spd).backward()
             optimizer.step()
+
+
+def test_moco_equals_a_plain_loop(data, tmp_path):
+    """As in algorithm 1 of He et al. 2020; the queue of two batches is full and goes round."""
+    own = {"dim": 16, "queue_size": 16, "key_momentum": 0.9, "temperature": 0.2, "bn_group": 4}
+    run = config(data, tmp_path, recipe="moco", max_steps=5, lr=1.0, **own)
+    assert pretrain(run) == 0
+    torch.manual_seed(7)
+    model = MoCo("resnet18", **own)
+    key, queue, oldest = copy.deepcopy(model), model.queue.clone(), 0
+    learning = [*model.backbone.parameters(), *model.projector.parameters()]
+    optimizer = torch.optim.SGD(learning, 1, 0.9, weight_decay=1e-4)
+
+    def encoded(model, *groups):
+        return model.projector(torch.cat([model.backbone(group) for group in groups]))
+
+    for batch, line in zip(
+        endless(ViewLoader(data, recipes.moco(), 8, size=32, seed=7)), trace(tmp_path)
+    ):
+        x, other, x_pos, x_neg = batch.views
+        with torch.no_grad():
+            for k, q in zip(key.parameters(), model.parameters()):
+                k.copy_(0.9 * k + 0.1 * q)
+            k = normalize(encoded(key, other[0::2], other[1::2]))
+            k = torch.stack([k[:4], k[4:]], 1).flatten(0, 1)  # back in order
+        z, near, far = (encoded(model, v[:4], v[4:]) for v in (x, x_pos, x_neg))
+        q = normalize(z)
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T.clone()], dim=1) / 0.2
+        ssl = torch.nn.functional.cross_entropy(logits, torch.zeros(8, dtype=torch.long))
+        queue[oldest : oldest + 8], oldest = k, (oldest + 8) % 16
+        spd = (cosine_similarity(z, far) - cosine_similarity(z, near)).mean()
+        assert line["loss_ssl"] == pytest.approx(ssl.item(), rel=5e-4)
+        assert line["loss_spd"] == pytest.approx(spd.item(), abs=1e-4)
+        optimizer.param_groups[0]["lr"] = line["lr"]
+        optimizer.zero_grad()
+        (ssl + 0.1 * spd).backward()
+        optimizer.step()
+    assert line["step"] == 5
+
+
+def endless(loader):
+    while True:
+        yield from loader
 
 
 def test_warm_up_is_shortened_with_the_run(data, tmp_path):
