@@ -66,6 +66,7 @@ def save_checkpoint(path: Path, run: Run) -> None:
         "scaler": run.scaler.state_dict(),
         "loader": run.loader.state_dict(),
         "labels": _hash_of_labels(run.loader),
+        "classes": run.loader.data.classes,  # in the order of a classifier's outputs
         "rng": torch.get_rng_state(),
     }
     save_state(path, state)

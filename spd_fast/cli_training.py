@@ -20,6 +20,8 @@ def add_training_commands(commands) -> None:
     _add_views(commands)
     _add_pretrain(commands)
     _add_adapt(commands)
+    _add_probe(commands)
+    _add_classify(commands)
 
 
 # ----------------------------------------------------------------------------------------- views
@@ -201,3 +203,89 @@ def _adapt(options) -> int:
     from spd_fast.adapt import adapt
 
     return adapt(**_given(options))
+
+
+# ---------------------------------------------------------------------------- probe and classify
+
+
+def _add_probe(commands) -> None:
+    parser = command(
+        commands, "probe", _probe, "train a linear classifier on a frozen backbone, and measure it"
+    )
+    add = parser.add_argument
+    add("--weights", required=True, help="of the backbone: imagenet, random, or a checkpoint file")
+    add("--train", nargs="+", required=True, metavar="DIR", help="images in folders by class")
+    add("--val", nargs="+", required=True, metavar="DIR", help="others, of the same classes")
+    add("--out", required=True, help="output directory")
+    add(
+        "--backbone",
+        default=argparse.SUPPRESS,
+        help="a torchvision ResNet; a checkpoint of spd-fast tells it",
+    )
+    add(
+        "--size",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help="side of the images, pixels; default that of the checkpoint, else 224",
+    )
+    add("--batch-size", type=positive, default=256)
+    add("--epochs", type=positive, default=90)
+    add("--optimizer", choices=OPTIMIZERS, default="sgd")
+    add("--lr", type=float, default=0.1, help="for a batch of 256; scaled with the batch")
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.0)
+    add("--schedule", choices=SCHEDULES, default="cosine")
+    add(
+        "--feature-norm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="standardise the features, so that one learning rate fits every backbone",
+    )
+    add("--workers", type=positive, default=2, help="threads that read and augment")
+    add("--seed", type=seed, default=0, help="of order, crops and first weights")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add(
+        "--skip-bad-images",
+        action="store_true",
+        help="replace unreadable training images, and list them in probe.json",
+    )
+    add("--resume", action="store_true", help="go on from OUT/probe.pt if it is there")
+
+
+def _probe(options) -> None:
+    from spd_fast.held_out import format_top_k
+    from spd_fast.probe import ProbeConfig, probe
+
+    print(format_top_k(probe(ProbeConfig(**_given(options)))))
+    print(f"written: {options.out}/probe.json, {options.out}/probe.pt")
+
+
+def _add_classify(commands) -> None:
+    parser = command(
+        commands, "classify", _classify, "measure the classifier of supervised training or a probe"
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="of pretrain --recipe supervised, or of probe")
+    add("--data", nargs="+", required=True, metavar="DIR", help="images in folders by class")
+    add(
+        "--size",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help="side of the images, pixels; default that of training",
+    )
+    add("--workers", type=positive, default=2, help="threads that read images")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--out", default=argparse.SUPPRESS, help="JSON file to write; default none")
+
+
+def _classify(options) -> None:
+    from spd_fast.classify import classify
+    from spd_fast.files import write_json
+    from spd_fast.held_out import format_top_k
+
+    given = _given(options)
+    out = given.pop("out", None)
+    result = classify(**given)
+    if out:
+        write_json(out, result)
+    print(format_top_k(result))

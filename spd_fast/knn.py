@@ -1,21 +1,17 @@
 """How well nearest neighbours tell classes apart, while a backbone trains without them."""
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from spd_fast.datasets.folder import ImageFolder
-from spd_fast.datasets.images import read_image
-from spd_fast.errors import InputError
-from spd_fast.preprocess import Preset, prepare_image
+from spd_fast.held_out import labels_among, outputs
 
 BANK, QUERIES = 20_000, 5_000  # images at most, spread over the data
-BATCH = 64
 
 
 def knn_accuracy(
@@ -51,7 +47,7 @@ class KnnMonitor:
     Args:
         train: the training data.
         held_out: directories of other images, of the same classes.
-        size: side that images are cut to, after their shorter side became 8 / 7 of it.
+        size: side that images are cut to, see `held_out.outputs`.
         device: of the backbone.
         workers: threads that read images.
 
@@ -68,15 +64,9 @@ class KnnMonitor:
         workers: int,
     ):
         others = ImageFolder(held_out)
-        unknown = sorted(set(others.classes) - set(train.classes))
-        if unknown:
-            raise InputError(f"knn: the class {unknown[0]} is not one of the training data's")
-        number = {name: k for k, name in enumerate(train.classes)}
-        self.bank = _spread(train, BANK)
-        paths, names = _spread(others, QUERIES)
-        self.queries = paths, [number[others.classes[label]] for label in names]
-        self.preset = Preset(size * 8 // 7, size, Image.Resampling.BILINEAR, border="")
-        self.device, self.workers = device, workers
+        self.bank = _spread(train.paths, train.labels, BANK)
+        self.queries = _spread(others.paths, labels_among(train.classes, others, "knn"), QUERIES)
+        self.size, self.device, self.workers = size, device, workers
 
     def accuracy(self, backbone: nn.Module) -> float:
         """Of a backbone that gives features (N, D); batch norm uses its running statistics."""
@@ -91,21 +81,13 @@ class KnnMonitor:
             backbone.train(training)
         return knn_accuracy(bank, bank_labels, queries, labels)
 
-    @torch.no_grad()
-    def _features(self, backbone: nn.Module, paths: list) -> Tensor:
-        found = []
-        with ThreadPoolExecutor(self.workers) as pool:
-            for i in range(0, len(paths), BATCH):
-                images = list(pool.map(self._prepared, paths[i : i + BATCH]))
-                batch = torch.stack(images).to(self.device, memory_format=torch.channels_last)
-                found.append(backbone(batch))
-        return torch.cat(found)
-
-    def _prepared(self, path) -> Tensor:
-        return prepare_image(read_image(path), self.preset)
+    def _features(self, backbone: nn.Module, paths: list[Path]) -> Tensor:
+        return torch.cat([*outputs(backbone, paths, self.size, self.device, self.workers)])
 
 
-def _spread(data: ImageFolder, most: int) -> tuple[list, list[int]]:
-    """Paths and labels of at most so many images, at equal distances."""
-    places = np.linspace(0, len(data) - 1, min(most, len(data))).round().astype(int)
-    return [data.paths[i] for i in places], [data.labels[i] for i in places]
+def _spread(
+    paths: Sequence[Path], labels: Sequence[int], most: int
+) -> tuple[list[Path], list[int]]:
+    """At most so many of the images and their labels, at equal distances."""
+    places = np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
+    return [paths[i] for i in places], [labels[i] for i in places]

@@ -69,10 +69,17 @@ def new_optimizer(
     groups = [{"params": learning, "fixed_lr": False}]
     if fixed:
         groups.append({"params": fixed, "fixed_lr": True})
+    return optimizer_of(name, groups, lr, momentum, weight_decay, fused=not scaled)
+
+
+def optimizer_of(
+    name: str, params, lr: float, momentum: float, weight_decay: float, fused: bool = True
+) -> torch.optim.Optimizer:
+    """ "lars" or "sgd", over parameters or groups of them."""
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     if name == "lars":
-        return LARS(groups, **rates)
-    return torch.optim.SGD(groups, **rates, fused=not scaled)
+        return LARS(params, **rates)
+    return torch.optim.SGD(params, **rates, fused=fused)
 
 
 def scheduled_lr(schedule: str, initial: float, step: int, steps: int, warmup: int = 0) -> float:

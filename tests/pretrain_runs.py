@@ -23,6 +23,18 @@ def write_images(root: Path) -> Path:
     return root
 
 
+def coloured(root: Path, seed: int, classes=("blue", "green", "red")) -> Path:
+    """12 images a class, whose mean colour tells it."""
+    rng = np.random.default_rng(seed)
+    for channel, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 120, (40, 48, 3))
+            pixels[..., 2 - channel] += 120
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02d}.png")
+    return root
+
+
 def config(data, out, **kwargs) -> PretrainConfig:
     """3 steps per epoch."""
     tiny = {"backbone": "resnet18", "size": 32, "batch_size": 8, "epochs": 3, "seed": 7}

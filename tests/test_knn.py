@@ -1,10 +1,8 @@
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from pretrain_runs import config, write_images
+from pretrain_runs import coloured, config, write_images
 from torch import nn
 from torch.nn.functional import normalize
 
@@ -33,18 +31,6 @@ def test_accuracy_equals_lightlys(k, temperature):
     assert 0 < more < 1  # all that there are
 
 
-def coloured(root, seed: int, classes=("blue", "green", "red")):
-    """12 images a class, whose mean colour tells it."""
-    rng = np.random.default_rng(seed)
-    for channel, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(12):
-            pixels = rng.integers(0, 120, (40, 48, 3))
-            pixels[..., 2 - channel] += 120
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i:02d}.png")
-    return root
-
-
 class MeanColour(nn.Module):
     def forward(self, images):
         assert not self.training
@@ -69,9 +55,9 @@ def test_the_monitor_tells_colours(tmp_path):
 
 def test_images_are_spread_over_the_data(tmp_path):
     data = ImageFolder(coloured(tmp_path / "train", 0))
-    paths, labels = _spread(data, 4)
+    paths, labels = _spread(data.paths, data.labels, 4)
     assert labels == [0, 1, 1, 2] and paths[0] == data.paths[0] and paths[-1] == data.paths[-1]
-    assert _spread(data, 100) == (data.paths, data.labels)
+    assert _spread(data.paths, data.labels, 100) == (data.paths, data.labels)
 
 
 def test_a_run_notes_its_accuracy_and_keeps_the_best(tmp_path, monkeypatch):
