@@ -72,6 +72,15 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return values / world_size()
 
 
+def of_all_ranks(own: dict) -> dict:
+    """The entries of all ranks' dictionaries."""
+    if world_size() == 1:
+        return own
+    found = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return {key: value for entries in found for key, value in entries.items()}
+
+
 class _Gather(torch.autograd.Function):
     """See `gather`. Every rank computes the same loss of what is gathered, so its gradient reaches
     a rank's own part once from each: no communication is needed to add them up."""

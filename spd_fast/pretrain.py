@@ -19,6 +19,7 @@ from spd_fast.distributed import (
     averaged,
     barrier,
     highest,
+    of_all_ranks,
     process_group,
     rank,
     sync_batch_norms,
@@ -80,7 +81,9 @@ def pretrain(config: PretrainConfig) -> int:
         else:
             with _run_directory(config.out) as out:
                 caught = _start(run, out, checkpoint)
-            _say_how_it_ended(run, out)
+        bad_images = of_all_ranks(run.loader.bad_images)
+        if not rank():
+            _say_how_it_ended(run, Path(config.out), bad_images)
         if run.step == run.steps:
             return 0
         return 128 + caught if caught == signal.SIGINT else SAVED
@@ -314,12 +317,11 @@ def _endless(loader: ViewLoader) -> Iterator[Iterator[Batch]]:
         yield batches
 
 
-def _say_how_it_ended(run: Run, out: Path) -> None:
-    bad = run.loader.bad_images
-    if bad:
-        tqdm.write(f"{len(bad)} unreadable images were replaced by others:")
-    for reason in bad.values():
-        tqdm.write(f"  {reason}")
+def _say_how_it_ended(run: Run, out: Path, bad_images: dict[str, str]) -> None:
+    if bad_images:
+        tqdm.write(f"{len(bad_images)} unreadable images were replaced by others:")
+        for reason in bad_images.values():
+            tqdm.write(f"  {reason}")
     if run.step < run.steps:
         tqdm.write(f"stopped after step {run.step} of {run.steps}: resume from {out / 'last.pt'}")
     else:

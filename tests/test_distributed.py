@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from pretrain_runs import config, trace
+from pretrain_runs import config, trace, write_images
 
 from spd_fast.distributed import gather, mean_over_ranks, process_group, world_size
 from spd_fast.errors import InputError
@@ -204,6 +204,19 @@ def test_a_signal_stops_all_processes(ranks, data, tmp_path):
     # one process goes on where two have stopped
     assert pretrain(config(data, out, resume="auto", max_steps=None)) == 0
     assert len(trace(out)) == 9
+
+
+def test_unreadable_images_of_all_processes_are_listed(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    write_images(data)
+    bad = [data / f"{i:02d}.jpg" for i in range(0, 24, 4)]
+    for path in bad:
+        path.write_bytes(b"no image")
+    done = pretrain_in(2, data, tmp_path / "run", epochs=1, skip_bad_images=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{len(bad)} unreadable images were replaced by others" in done.stdout
+    assert all(str(path) in done.stdout for path in bad)
 
 
 def test_batches_that_cannot_be_shared_are_refused(data, tmp_path):
