@@ -35,7 +35,11 @@ CURVES = (
     ("Nearest neighbours", "share of other images whose class they give", {"knn_top1": "top 1"}),
     ("Learning rate", "", {"lr": "rate"}),
     ("Images per second", "", {"images_per_s": "images / s"}),
-    ("Seconds of a step", "", {f"{part}_s": part for part in PARTS}),
+    (
+        "Seconds of a step",
+        "other: logs, and what ends an epoch",
+        {f"{part}_s": part for part in PARTS},
+    ),
 )
 FROM_ZERO = ("z_std", "knn_top1", "lr", "images_per_s", "data_s")
 

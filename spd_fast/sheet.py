@@ -23,6 +23,7 @@ NAMES = {
     4: ("x", "x hat", "x+ (SPD positive)", "x- (SPD negative)"),
 }
 MARGIN, CAPTION, BACKGROUND = 8, 46, (250, 250, 250)
+NARROWEST = 120  # pixels, room for the longest title
 
 
 def write_views_sheet(
@@ -54,7 +55,8 @@ def views_sheet(
 ) -> Image.Image:
     """A picture with one row per image, (image, its index, epoch), and its views, labelled."""
     names = NAMES[len(recipe)]
-    pitch_x, pitch_y = size + MARGIN, size + CAPTION + MARGIN
+    width = max(size, NARROWEST)
+    pitch_x, pitch_y = width + MARGIN, size + CAPTION + MARGIN
     sheet = Image.new(
         "RGB", (pitch_x * (len(names) + 1) + MARGIN, pitch_y * len(rows) + MARGIN), BACKGROUND
     )
@@ -64,28 +66,31 @@ def views_sheet(
         y = MARGIN + row * pitch_y
         original = Image.fromarray(image)
         original.thumbnail((size, size))
-        _place(sheet, original, MARGIN, y, "image", f"{image.shape[1]} x {image.shape[0]}", size)
+        text = f"{image.shape[1]} x {image.shape[0]}"
+        _place(sheet, original, (MARGIN, y), y + size, "image", text, width)
         for v, name in enumerate(names):
             pixels = np.ascontiguousarray(made[v, 0].permute(1, 2, 0).numpy())
             x = MARGIN + (v + 1) * pitch_x
-            _place(sheet, Image.fromarray(pixels), x, y, name, _describe(params[0, v]), size)
+            text = _describe(params[0, v])
+            _place(sheet, Image.fromarray(pixels), (x, y), y + size, name, text, width)
     return sheet
 
 
-def _place(sheet, picture, x: int, y: int, title: str, text: str, size: int) -> None:
-    sheet.paste(picture, (x, y))
+def _place(sheet, picture, place: tuple, bottom: int, title: str, text: str, width: int) -> None:
+    """A picture, and below `bottom` its title and two lines of text."""
+    sheet.paste(picture, place)
     draw = ImageDraw.Draw(sheet)
-    draw.text((x, y + size + 2), title, fill=(20, 20, 20), font=ImageFont.load_default(13))
+    draw.text((place[0], bottom + 2), title, fill=(20, 20, 20), font=ImageFont.load_default(13))
     small = ImageFont.load_default(10)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, small) > size and lines[-1]:
+        if draw.textlength(longer, small) > width and lines[-1]:
             lines.append(word)
         else:
             lines[-1] = longer
     for number, line in enumerate(lines[:2]):
-        draw.text((x, y + size + 19 + 12 * number), line, fill=(90, 90, 90), font=small)
+        draw.text((place[0], bottom + 19 + 12 * number), line, fill=(90, 90, 90), font=small)
 
 
 def _describe(row: torch.Tensor) -> str:

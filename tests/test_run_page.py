@@ -53,7 +53,7 @@ def test_the_examples_are_the_views_of_training(run):
     mean, std = (np.array(x).reshape(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     for row, index in enumerate((0, 8, 16)):
         for v in range(4):
-            y, x = 8 + row * 86, 8 + (v + 1) * 40
+            y, x = 8 + row * 86, 8 + (v + 1) * 128
             shown = sheet[y : y + 32, x : x + 32]
             expected = (views[index][v].numpy() * std + mean).transpose(1, 2, 0) * 255
             assert np.abs(shown - expected).max() < 1
