@@ -1,6 +1,6 @@
 """How fast SimSiam trains, loader included, beside lightly's; and what a step's time goes into.
 
-    python bench/pretrain.py [--sizes 64 96] [--batch 32] [--steps 16] [--rounds 2] [--threads 2]
+    python bench/pretrain.py [--sizes 64 96] [--batch 32] [--steps 12] [--rounds 3] [--threads 2]
 
 All train a ResNet-18 on the same photographs (JPEG, 500 x 375) with the same batch, optimizer and
 number of threads or processes that read. lightly's is the loop of its documentation, over its own
@@ -8,9 +8,10 @@ number of threads or processes that read. lightly's is the loop of its documenta
 it does at the end of an epoch, checkpoint and page, is told apart: epochs are of 8 steps only here.
 
 Checked first: with our weights and our views lightly's modules give the loss that our run wrote.
-Contenders take turns; shown is each one's fastest round, without the steps that fill the queues.
-"of peak" is what the network's flops, counted by torch, are of torch's matrix product, measured in
-the same run.
+Contenders take turns, and steps that fill the queues do not count. "of peak" is the network's
+flops, counted by torch, of those of torch's matrix product, measured before and after each turn:
+the machine's speed may change. "ratio" is images / s beside lightly's at the same speed of the
+machine. All are medians over rounds.
 """
 
 import argparse
@@ -43,10 +44,10 @@ from spd_fast.step_times import PARTS, StepTimes
 BACKBONE, DIM, HIDDEN, WORKERS, SEED = "resnet18", 2048, 512, 2, 0
 EPOCH = 8  # steps
 FILLING = 4  # steps at the start that are not counted
-OURS = {
-    "ours, SimSiam": {"spd": False},
-    "ours, SimSiam + SPD": {},
-    "the same, views in one pass": {"shared_forward": True},
+OURS = {  # views, settings
+    "ours, SimSiam": (2, {"spd": False}),
+    "ours, SimSiam + SPD": (4, {}),
+    "the same, views in one pass": (4, {"shared_forward": True}),
 }
 
 
@@ -181,26 +182,30 @@ def flops_per_image(size: int, views: int) -> float:
 def table(folder: Path, size: int, options: argparse.Namespace) -> None:
     shared = folder, size, options.batch, options.steps
     jobs = {
-        "lightly, SimSiam": lambda: lightly_steps(*shared, channels_last=False),
-        "the same, channels-last": lambda: lightly_steps(*shared, channels_last=True),
-    } | {name: lambda given=given: our_steps(*shared, **given) for name, given in OURS.items()}
-    results: dict[str, list[dict]] = {name: [] for name in jobs}
-    peak = 0.0
-    for _ in range(options.rounds):
-        peak = max(peak, measure.multiply_add_peak())  # the machine's speed changes
-        for name, job in jobs.items():
-            results[name].append(job())
-    fastest = {n: max(rounds, key=lambda r: r["images_per_s"]) for n, rounds in results.items()}
-    base = fastest["lightly, SimSiam"]["images_per_s"]
+        "lightly, SimSiam": (2, lambda: lightly_steps(*shared, channels_last=False)),
+        "the same, channels-last": (2, lambda: lightly_steps(*shared, channels_last=True)),
+    }
+    for name, (views, given) in OURS.items():
+        jobs[name] = views, lambda given=given: our_steps(*shared, **given)
     flops = {views: flops_per_image(size, views) for views in (2, 4)}
+    turns: dict[str, list[dict]] = {name: [] for name in jobs}
+    for _ in range(options.rounds):
+        for name, (views, job) in jobs.items():
+            before = measure.multiply_add_peak()
+            row = job()
+            peak = (before + measure.multiply_add_peak()) / 2
+            turns[name].append(row | {"of_peak": flops[views] * row["images_per_s"] / peak})
+    rows = {
+        name: {key: median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in turns.items()
+    }
+    base = rows["lightly, SimSiam"]["of_peak"] / flops[2]
     print(f"\n{f'{size} x {size}':<30}{'images/s':>9}{'ratio':>7}{'of peak':>9}", end="")
     print("".join(f"{part:>10}" for part in PARTS) + f"{'epoch end s':>13}")
-    for name, row in fastest.items():
-        views = 4 if "SPD" in name or "one pass" in name else 2
-        rate, step = row["images_per_s"], options.batch / row["images_per_s"]
-        print(
-            f"{name:<30}{rate:>9.1f}{rate / base:>7.2f}{flops[views] * rate / peak:>9.0%}", end=""
-        )
+    for name, row in rows.items():
+        ratio = row["of_peak"] / flops[jobs[name][0]] / base
+        print(f"{name:<30}{row['images_per_s']:>9.1f}{ratio:>7.2f}{row['of_peak']:>9.0%}", end="")
+        step = sum(row[part] for part in PARTS)
         shares = "".join(f"{row[part] / step:>10.1%}" for part in PARTS)
         print(shares + (f"{row['epoch_end']:>13.2f}" if "epoch_end" in row else ""))
 
@@ -224,8 +229,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 96], help="of the views")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.steps <= EPOCH:

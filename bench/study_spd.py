@@ -34,6 +34,7 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 
 from spd_fast import augment_views, recipes, sample_view_params
+from spd_fast.choices import LOCAL_AUGS
 from spd_fast.datasets.photos import load_photograph, random_crop
 from spd_fast.demo import BACKBONE, make_data, pretrain_config
 from spd_fast.evaluate import EvaluateConfig, evaluate
@@ -53,7 +54,6 @@ ARMS = {
     "+ SPD, Xent": {"spd": True, "spd_loss": "xent"},
 }
 HELD_OUT = ("camera.png", "cell.png", "clock_motion.png", "moon.png", "motorcycle_left.png")
-LOCAL_AUGS = ("smoothblend", "cutpaste")
 HEADINGS = {"au_roc": "AU-ROC", "au_pr": "AU-PR"}
 METRICS = [(level, metric) for level in ("image", "pixel") for metric in HEADINGS]
 X, X_POS, X_NEG, X_PATCH = 0, 2, 3, 4  # places of the views

@@ -17,9 +17,10 @@ static std::unique_ptr<T, decltype(&free)> new_array(int64_t size) {
     return {array, &free};
 }
 
-// Fills picks (k,), whose first is the start. `progress` is called with how many are known every
+// Fills picks (k,), whose first is the start. Bytes are exact to 1 / 126 of `reach` for coordinates
+// not farther from the origin than that. `progress` is called with how many are known every
 // now and then, and may raise. Returns how many full distances were computed.
-static int64_t greedy_kcenter(const py::array& points, const py::array& origin, float scale,
+static int64_t greedy_kcenter(const py::array& points, const py::array& origin, float reach,
                               const py::array& picks, const py::function& progress) {
     require(points.ndim() == 2 && picks.ndim() == 1, "points must be 2-D, picks 1-D");
     KCenter state{};
@@ -28,12 +29,12 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     require(points.shape(1) >= 1 && points.shape(1) <= 65536 && state.n < int64_t(1) << 31,
             "points must be (n, d) with d = 1..65536 and n < 2^31");
     require(state.k >= 1 && state.k <= state.n, "picks must be 1..n");
-    require(scale > 0 && scale <= FLT_MAX, "the scale must be positive and finite");
+    require(reach >= 1e-30f && reach <= FLT_MAX, "the reach must be at least 1e-30 and finite");
     state.d = int(points.shape(1));
     state.bytes = (state.d + kcenter_bytes - 1) / kcenter_bytes * kcenter_bytes;
     state.points = data_of<float>(points, "points", {state.n, state.d});
     state.origin = data_of<float>(origin, "origin", {state.d});
-    state.scale = scale;
+    state.scale = kcenter_largest_byte / reach;
     state.picks = data_of<int64_t>(picks, "picks", {state.k}, true);
     require(state.picks[0] >= 0 && state.picks[0] < state.n, "the start is out of range");
     const int64_t room = (state.k + kcenter_block - 1) / kcenter_block * kcenter_block;

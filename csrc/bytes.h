@@ -14,7 +14,7 @@ namespace spd {
 namespace {  // internal linkage: see common.h
 
 // With 63, products of two pairs fit 16 bits if one factor is made positive by adding 64.
-constexpr int largest_byte = 63, made_positive = 64;
+constexpr int largest_byte = kcenter_largest_byte, made_positive = 64;
 constexpr int byte_step = 8;  // coordinates that are multiplied at once
 
 // x (d,) to q, which has zeros from d to the next multiple of lanes. An error is too large rather
@@ -50,11 +50,11 @@ static inline ByteInfo to_bytes(const float* x, const float* origin, float scale
 // sum[i] + the products of four bytes of `a`, from 4 i, with four of `x`, and of `b` with `y`.
 static inline Ints add_products(Ints sum, const uint8_t* a, const uint8_t* b, const int8_t* x,
                                 const int8_t* y) {
-#if defined(__AVX512BW__) || defined(__AVX2__) || defined(__SSSE3__)
+#ifdef __SSSE3__
     int32_t four_x, four_y;
     memcpy(&four_x, x, 4);
     memcpy(&four_y, y, 4);
-#if defined(__AVX512BW__)
+#if defined(__AVX512F__)
     const __m512i pairs =
         _mm512_add_epi16(_mm512_maddubs_epi16(_mm512_loadu_si512(a), _mm512_set1_epi32(four_x)),
                          _mm512_maddubs_epi16(_mm512_loadu_si512(b), _mm512_set1_epi32(four_y)));

@@ -4,6 +4,8 @@
 
 #include "kcenter.h"
 
+#include <cfloat>
+
 #include "bytes.h"
 
 namespace spd {
@@ -56,7 +58,8 @@ unsigned candidates(const Floats* squares, const float* errors, float error, flo
     unsigned found = 0;
     for (int v = 0; v < block_vectors; ++v) {
         const Floats limit = load(errors + v * lanes) + reach;
-        found |= below(squares[v] - limit * limit, 0) << v * lanes;
+        // FLT_MIN: also where all of it underflows; squares are whole numbers, so no other changes.
+        found |= below(squares[v] - limit * limit, FLT_MIN) << v * lanes;
     }
     return found & bits;
 }

@@ -6,6 +6,7 @@
 namespace spd {
 
 constexpr int kcenter_block = 16;
+constexpr int kcenter_largest_byte = 63;
 constexpr int kcenter_bytes = 32;  // a point's bytes are padded with zeros to a multiple of it
 
 // What is known of a point in bytes, see bytes.h.

@@ -92,7 +92,6 @@ def _read_supervised(path: str | Path) -> dict:
         )
     if "classes" not in state:
         raise InputError(
-            f"{path} does not hold the names of its classes: it was written by an older spd-fast; "
-            "`spd-fast pretrain --resume` writes them with the next checkpoint"
+            f"{path} does not hold the names of its classes: it was written by an older spd-fast"
         )
     return state

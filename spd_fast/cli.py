@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 
 from spd_fast import __version__
-from spd_fast.cli_arguments import command, positive, seed
+from spd_fast.cli_arguments import command, given_by, positive, seed
 from spd_fast.cli_training import add_training_commands
 from spd_fast.errors import InputError
 
@@ -202,8 +202,7 @@ def _add_evaluate(commands) -> None:
 def _evaluate(options) -> None:
     from spd_fast.evaluate import EvaluateConfig, evaluate
 
-    values = {k: v for k, v in vars(options).items() if k not in ("command", "run")}
-    evaluate(EvaluateConfig(**values | {"category": tuple(options.category)}))
+    evaluate(EvaluateConfig(**given_by(options) | {"category": tuple(options.category)}))
 
 
 def _add_predict(commands) -> None:

@@ -26,3 +26,8 @@ def command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def given_by(options: argparse.Namespace) -> dict:
+    """The arguments of a command."""
+    return {k: v for k, v in vars(options).items() if k not in ("command", "run")}

@@ -12,7 +12,7 @@ from spd_fast.choices import (
     SPD_LOSSES,
     SPD_SOURCES,
 )
-from spd_fast.cli_arguments import command, positive, seed
+from spd_fast.cli_arguments import command, given_by, positive, seed
 from spd_fast.errors import InputError
 
 
@@ -77,7 +77,7 @@ def _add_pretrain(commands) -> None:
 
 def _optional(parser):
     def add(*names, **kwargs):
-        """What is not given is left out: then the configuration, then the recipe decides."""
+        """What is not given is left out: then the function's own defaults stand."""
         parser.add_argument(*names, default=argparse.SUPPRESS, **kwargs)
 
     return add
@@ -152,7 +152,7 @@ def _pretrain(options) -> int:
     from spd_fast.pretrain import pretrain
     from spd_fast.pretrain_config import PretrainConfig, read_config
 
-    given = _given(options)
+    given = given_by(options)
     if "config" in given:
         file = read_config(given["config"])
         recipe = file.get("recipe", "simsiam")
@@ -166,10 +166,6 @@ def _pretrain(options) -> int:
     if "data" not in given:
         raise InputError("pretrain needs --data, or a --config that names it")
     return pretrain(PretrainConfig(**given))
-
-
-def _given(options) -> dict:
-    return {k: v for k, v in vars(options).items() if k not in ("command", "run")}
 
 
 # ----------------------------------------------------------------------------------------- adapt
@@ -202,7 +198,7 @@ def _add_adapt(commands) -> None:
 def _adapt(options) -> int:
     from spd_fast.adapt import adapt
 
-    return adapt(**_given(options))
+    return adapt(**given_by(options))
 
 
 # ---------------------------------------------------------------------------- probe and classify
@@ -217,33 +213,28 @@ def _add_probe(commands) -> None:
     add("--train", nargs="+", required=True, metavar="DIR", help="images in folders by class")
     add("--val", nargs="+", required=True, metavar="DIR", help="others, of the same classes")
     add("--out", required=True, help="output directory")
-    add(
-        "--backbone",
-        default=argparse.SUPPRESS,
-        help="a torchvision ResNet; a checkpoint of spd-fast tells it",
-    )
+    add = _optional(parser)
+    add("--backbone", help="a torchvision ResNet; a checkpoint of spd-fast tells it")
     add(
         "--size",
         type=positive,
-        default=argparse.SUPPRESS,
         help="side of the images, pixels; default that of the checkpoint, else 224",
     )
-    add("--batch-size", type=positive, default=256)
-    add("--epochs", type=positive, default=90)
-    add("--optimizer", choices=OPTIMIZERS, default="sgd")
-    add("--lr", type=float, default=0.1, help="for a batch of 256; scaled with the batch")
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=0.0)
-    add("--schedule", choices=SCHEDULES, default="cosine")
+    add("--batch-size", type=positive, help="default 256")
+    add("--epochs", type=positive, help="default 90")
+    add("--optimizer", choices=OPTIMIZERS, help="default sgd")
+    add("--lr", type=float, help="for a batch of 256; scaled with the batch; default 0.1")
+    add("--momentum", type=float, help="default 0.9")
+    add("--weight-decay", type=float, help="default 0")
+    add("--schedule", choices=SCHEDULES, help="default cosine")
     add(
         "--feature-norm",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="standardise the features, so that one learning rate fits every backbone",
+        help="standardise the features, so that one learning rate fits every backbone; default on",
     )
-    add("--workers", type=positive, default=2, help="threads that read and augment")
-    add("--seed", type=seed, default=0, help="of order, crops and first weights")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--workers", type=positive, help="threads that read and augment, default 2")
+    add("--seed", type=seed, help="of order, crops and first weights, default 0")
+    add("--device", help="auto (default), cpu or cuda")
     add(
         "--skip-bad-images",
         action="store_true",
@@ -256,7 +247,7 @@ def _probe(options) -> None:
     from spd_fast.held_out import format_top_k
     from spd_fast.probe import ProbeConfig, probe
 
-    print(format_top_k(probe(ProbeConfig(**_given(options)))))
+    print(format_top_k(probe(ProbeConfig(**given_by(options)))))
     print(f"written: {options.out}/probe.json, {options.out}/probe.pt")
 
 
@@ -283,9 +274,9 @@ def _classify(options) -> None:
     from spd_fast.files import write_json
     from spd_fast.held_out import format_top_k
 
-    given = _given(options)
+    given = given_by(options)
     out = given.pop("out", None)
     result = classify(**given)
+    print(format_top_k(result))
     if out:
         write_json(out, result)
-    print(format_top_k(result))

@@ -22,12 +22,15 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     On GPUs each process takes the one of its local rank and NCCL moves tensors; gloo moves what is
     on the CPU.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # whoever joined them leaves them
+        yield device
+        return
     store, number, count = next(dist.rendezvous("env://"))
     if os.environ["GROUP_WORLD_SIZE"] == "1":
         # After a restart torchrun's store still holds the addresses of the processes before.

@@ -2,11 +2,8 @@
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +25,7 @@ from spd_fast.patchcore import PatchCore
 from spd_fast.preprocess import Preset, displayed_image, prepare_image, prepare_mask
 from spd_fast.report import format_table, load_run, write_report
 from spd_fast.sheet import example_sheet
+from spd_fast.threads import in_threads
 
 METHODS = ("padim", "patchcore")
 # In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, the model
@@ -98,13 +96,13 @@ def evaluate(config: EvaluateConfig) -> dict:
     _refuse_other_method(out, config)
     dataset = read_dataset(config.data, config.protocol, list(config.category) or None)
     own = [_for_category(config, category) for category in dataset]
-    detector = lru_cache(maxsize=1)(_new_detector)  # one for all, if all have the same weights
-    model = detector(own[0])
+    model, weights = _new_detector(own[0]), own[0].weights
     categories = []
     for category, its in zip(dataset, own):
         result = _finished(out, its, category)
         if result is None:
-            model = detector(its)
+            if its.weights != weights:  # one detector for all that have the same
+                model, weights = _new_detector(its), its.weights
             result = _evaluate_category(model, category, its, out)
         categories.append(result)
     run = {
@@ -309,19 +307,6 @@ def _batches(
             if good:
                 kept, images, masks = zip(*good)
                 yield list(kept), torch.stack(images), np.stack(masks)
-
-
-def in_threads(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """function(item) for every item, in order, computed a little ahead by `workers` threads."""
-    items = iter(items)
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        try:
-            waiting = deque(pool.submit(function, i) for i in islice(items, 2 * max(workers, 1)))
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(function, i) for i in islice(items, 1))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _curves(scored: Scored, labels: np.ndarray) -> dict[str, list[list[float]]]:

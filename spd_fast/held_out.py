@@ -11,8 +11,8 @@ from tqdm import tqdm
 from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
-from spd_fast.evaluate import in_threads
 from spd_fast.preprocess import Preset, prepare_image
+from spd_fast.threads import in_threads
 
 BATCH = 64
 

@@ -5,9 +5,7 @@ place in it; never on the number of threads or ranks, or on where a run was inte
 enough: decoding and augmenting release the GIL.
 """
 
-import hashlib
 import math
-import os
 import threading
 import time
 import weakref
@@ -15,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -266,7 +263,7 @@ class ViewLoader:
             "next_batch": self.next_batch,
             "global_batch": self.batch_size * self.world_size,
             "images": len(self.data),
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.data.fingerprint,
             "bad_images": dict(self.bad_images),
         }
 
@@ -290,11 +287,3 @@ class ViewLoader:
             )
         self.seed, self.epoch, self.next_batch = state["seed"], state["epoch"], state["next_batch"]
         self.bad_images = dict(state["bad_images"])
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the files' names relative to their common directory, so that data may be moved."""
-        paths = [os.path.abspath(path) for path in self.data.paths]
-        common = os.path.commonpath({os.path.dirname(path) for path in paths})
-        names = "\0".join(path[len(common) :] for path in paths).replace(os.sep, "/")
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]

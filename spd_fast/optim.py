@@ -38,8 +38,8 @@ class LARS(torch.optim.Optimizer):
             others = [p for p in learning if p.ndim > 1]
             self._move(others, self._scaled(others, group), group)
 
-    # All tensors at once: on a GPU a few kernels instead of several for each. A CPU, whose caches
-    # hold one tensor rather than all, would be faster one by one, but there it hardly matters.
+    # All tensors at once: on a GPU fewer and larger kernels. A CPU, whose caches hold one tensor
+    # rather than all, would be faster one by one, but there it hardly matters.
 
     def _scaled(self, params: list[Tensor], group: dict) -> list[Tensor]:
         if not params:

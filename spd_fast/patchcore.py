@@ -314,7 +314,8 @@ def pooled_patches(layers: list[Tensor], dim: int) -> Tensor:
 
 def johnson_lindenstrauss(count: int, eps: float = 0.9) -> int:
     """Dimensions that keep all distances of `count` points within 1 +- eps, as anomalib asks:
-    4 ln(count) / (eps^2 / 2 - eps^3 / 3), here rounded up to a multiple of 32."""
+    4 ln(count) / (eps^2 / 2 - eps^3 / 3), here rounded up to a multiple of 32,
+    to which k-center pads its bytes anyway."""
     needed = 4 * math.log(max(count, 2)) / (eps**2 / 2 - eps**3 / 3)
     return 32 * math.ceil(int(needed) / 32)
 

@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from spd_fast.datasets.images import list_images, read_image
 from spd_fast.errors import InputError
-from spd_fast.evaluate import in_threads
 from spd_fast.files import atomic_path, make_output_dir, read_state
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
@@ -17,6 +16,7 @@ from spd_fast.patchcore import FORMAT as PATCHCORE
 from spd_fast.patchcore import PatchCore
 from spd_fast.preprocess import displayed_image, prepare_image
 from spd_fast.sheet import example_sheet
+from spd_fast.threads import in_threads
 
 
 def predict(

@@ -81,9 +81,8 @@ def pretrain(config: PretrainConfig) -> int:
         else:
             with _run_directory(config.out) as out:
                 caught = _start(run, out, checkpoint)
-        bad_images = of_all_ranks(run.loader.bad_images)
         if not rank():
-            _say_how_it_ended(run, Path(config.out), bad_images)
+            _say_how_it_ended(run, Path(config.out))
         if run.step == run.steps:
             return 0
         return 128 + caught if caught == signal.SIGINT else SAVED
@@ -132,6 +131,7 @@ def _train(run: Run, out: Path) -> int:
             epoch_ends = run.step % len(run.loader) == 0
             if stop or run.step == run.steps or epoch_ends:
                 log.flush()  # refuses a loss that is not finite before it gets into a checkpoint
+                run.loader.bad_images |= of_all_ranks(dict(run.loader.bad_images))
                 if not rank():
                     _save(run, out, log, epoch_ends)
             if stop:
@@ -317,7 +317,8 @@ def _endless(loader: ViewLoader) -> Iterator[Iterator[Batch]]:
         yield batches
 
 
-def _say_how_it_ended(run: Run, out: Path, bad_images: dict[str, str]) -> None:
+def _say_how_it_ended(run: Run, out: Path) -> None:
+    bad_images = run.loader.bad_images
     if bad_images:
         tqdm.write(f"{len(bad_images)} unreadable images were replaced by others:")
         for reason in bad_images.values():

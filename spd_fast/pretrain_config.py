@@ -1,6 +1,5 @@
 """What a pre-training run is told: a recipe's file, and what is given in its place."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import get_args
 
 import yaml
 
+from spd_fast.checks import check_at_least, check_choice, check_number
 from spd_fast.choices import OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES, SPD_LOSSES
 from spd_fast.errors import InputError
 from spd_fast.files import write_text
@@ -207,32 +207,22 @@ def _check(config: PretrainConfig) -> None:
                 f"the category {config.category} has one class of images, the normal ones: nothing "
                 "for the recipe supervised to learn"
             )
-    for name, allowed in (
-        ("spd_loss", SPD_LOSSES),
-        ("optimizer", OPTIMIZERS),
-        ("schedule", SCHEDULES),
-        ("precision", PRECISIONS),
-    ):
-        if getattr(config, name) not in allowed:
-            raise InputError(f"{name} is one of {allowed}, got {getattr(config, name)!r}")
-    for name in ("lr", "eta", "momentum", "weight_decay", "temperature", "key_momentum"):
-        value = getattr(config, name)
-        positive = name in ("lr", "temperature")
-        if value is not None and (not math.isfinite(value) or value < 0 or positive and value == 0):
-            rule = "a positive number" if positive else "a number, and not negative"
-            raise InputError(f"{name} must be {rule}, got {value}")
+    check_choice(config, "spd_loss", SPD_LOSSES)
+    check_choice(config, "optimizer", OPTIMIZERS)
+    check_choice(config, "schedule", SCHEDULES)
+    check_choice(config, "precision", PRECISIONS)
+    for name in ("eta", "momentum", "weight_decay", "key_momentum"):
+        check_number(config, name)
+    for name in ("lr", "temperature"):
+        check_number(config, name, positive=True)
     if config.key_momentum is not None and config.key_momentum > 1:
         raise InputError(f"key_momentum must be at most 1, got {config.key_momentum}")
     for name in ("epochs", "max_steps", "dim", "predictor_dim", "accumulate"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if config.bn_group is not None and config.bn_group < 2:
-        raise InputError(f"bn_group must be at least 2, got {config.bn_group}")
+        check_at_least(config, name, 1)
+    check_at_least(config, "bn_group", 2)
+    check_at_least(config, "keep", 0)
     if config.sync_bn and config.recipe == "moco":
         raise InputError("sync_bn would undo what MoCo's groups are for: leave it off")
-    if config.keep < 0:
-        raise InputError(f"keep must be at least 0, got {config.keep}")
     if not 0 <= config.warmup_epochs < config.epochs:
         raise InputError(
             f"warmup_epochs must be 0..{config.epochs - 1}, less than epochs, got "

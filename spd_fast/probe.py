@@ -6,6 +6,7 @@ SimSiam, MoCo and SimCLR are compared by it; `docs/method.md` says how it is don
 import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from spd_fast import recipes
+from spd_fast.checks import check_at_least, check_choice, check_number
 from spd_fast.choices import OPTIMIZERS, SCHEDULES
 from spd_fast.datasets.folder import ImageFolder
 from spd_fast.errors import InputError
@@ -211,6 +213,8 @@ def _completed(config: ProbeConfig) -> ProbeConfig:
 
 def _new_run(config: ProbeConfig) -> _Run:
     _check(config)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("probe runs in one process: start it without torchrun")
     device = pick_device(config.device)
     loader = ViewLoader(
         config.train,
@@ -241,18 +245,13 @@ def _new_run(config: ProbeConfig) -> _Run:
 
 
 def _check(config: ProbeConfig) -> None:
-    for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if getattr(config, name) not in allowed:
-            raise InputError(f"{name} is one of {allowed}, got {getattr(config, name)!r}")
-    for name in ("lr", "momentum", "weight_decay"):
-        value = getattr(config, name)
-        if not math.isfinite(value) or value < 0 or name == "lr" and value == 0:
-            rule = "a positive number" if name == "lr" else "a number, and not negative"
-            raise InputError(f"{name} must be {rule}, got {value}")
-    if config.epochs < 1:
-        raise InputError(f"epochs must be at least 1, got {config.epochs}")
-    if config.feature_norm and config.batch_size < 2:
-        raise InputError(f"batch_size must be at least 2 for feature_norm, got {config.batch_size}")
+    check_choice(config, "optimizer", OPTIMIZERS)
+    check_choice(config, "schedule", SCHEDULES)
+    check_number(config, "lr", positive=True)
+    check_number(config, "momentum")
+    check_number(config, "weight_decay")
+    check_at_least(config, "epochs", 1)
+    check_at_least(config, "batch_size", 2 if config.feature_norm else 1)
 
 
 def _plain(config: ProbeConfig) -> dict:
@@ -275,6 +274,7 @@ def _save(run: _Run) -> None:
         "version": PROBE_VERSION,
         "config": _plain(run.config),
         "classes": run.loader.data.classes,
+        "val": run.val.fingerprint,
         "history": run.history,
     }
     parts = {name: getattr(run, name).state_dict() for name in PARTS}
@@ -301,6 +301,8 @@ def _restore(run: _Run) -> None:
         raise InputError(f"{path} cannot be resumed: {run.config.weights} are other weights")
     if state["classes"] != run.loader.data.classes:
         raise InputError(f"{path} cannot be resumed: its images had other classes")
+    if state["val"] != run.val.fingerprint:
+        raise InputError(f"{path} cannot be resumed: it was measured on other images of val")
     try:
         for name in PARTS:
             getattr(run, name).load_state_dict(state[name])

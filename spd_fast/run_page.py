@@ -69,9 +69,11 @@ def write_run_page(out: Path, config: PretrainConfig, loader: ViewLoader) -> Non
 
 
 def _shares(steps: list[dict]) -> dict[str, str]:
-    """Each part's share of the time of all steps, in percent."""
+    """Each part's share of the time, in percent; nothing if no step tells it, as in older runs."""
+    steps = [line for line in steps if "data_s" in line]
     seconds = {part: sum(line[f"{part}_s"] for line in steps) for part in PARTS}
-    return {part: f"{took / sum(seconds.values()):.1%}" for part, took in seconds.items()}
+    total = sum(seconds.values())
+    return {part: f"{took / total:.1%}" for part, took in seconds.items()} if steps else {}
 
 
 def _curve(lines: list[dict], title: str, note: str, names: dict[str, str]) -> dict | None:

@@ -14,8 +14,9 @@ from trees import small_visa
 
 from spd_fast import InputError
 from spd_fast.cli import main
-from spd_fast.evaluate import EvaluateConfig, evaluate, in_threads
+from spd_fast.evaluate import EvaluateConfig, evaluate
 from spd_fast.padim import PaDiM
+from spd_fast.threads import in_threads
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_each_category_has_its_own_weights(visa, tmp_path):
     assert run["config"]["weights"] == each.weights
     for found in run["categories"]:
         weights = str(tmp_path / found["name"] / "last.pt")
-        one = config(visa, tmp_path / "one", weights=weights, category=(found["name"],))
+        one = config(visa, tmp_path / "one", weights=weights, category=[found["name"]])
         (expected,) = evaluate(one)["categories"]
         for name in ("image", "pixel", "curves"):
             assert found[name] == expected[name]

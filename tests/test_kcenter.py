@@ -81,7 +81,7 @@ def test_native_picks_the_same_points(name, start):
 
 
 def test_native_picks_the_same_of_clustered_points():
-    """Enough points for a sample of them to give the axes, several blocks of picks, many ties."""
+    """Enough points to take a sample of them, several blocks of picks, many ties."""
     generator = torch.Generator().manual_seed(3)
     centres = torch.randn(60, 100, generator=generator) @ torch.randn(100, 100).softmax(1)
     points = centres[torch.randint(60, (9000,), generator=generator)]
@@ -187,7 +187,7 @@ def test_other_threads_run_during_a_selection():
         )
         thread.start()
         started.set()
-        native.greedy_kcenter(points, origin, 1e-20, picks, reports.append)
+        native.greedy_kcenter(points, origin, 1e20, picks, reports.append)
         finished.set()
         thread.join()
         return ran == [True]
@@ -203,16 +203,16 @@ def test_other_threads_run_during_a_selection():
 
 @pytest.mark.parametrize("dim", [5, 100])
 def test_few_distances_are_computed(dim):
-    """Bytes of a scale at which all are zero rule nothing out; the picks are the same."""
+    """Bytes that reach so far that all are zero rule nothing out; the picks are the same."""
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(1000, dim, generator=generator)
     picks = torch.zeros(300, dtype=torch.int64)
     arguments = (picks.numpy(), lambda done: None)
     origin = torch.zeros(dim).numpy()
-    few = native.greedy_kcenter(points.numpy(), origin, 63 / 4.0, *arguments)
+    few = native.greedy_kcenter(points.numpy(), origin, 4.0, *arguments)
     expected = greedy_kcenter(points, 300, backend="reference")
     assert torch.equal(picks, expected)
-    all_seen = native.greedy_kcenter(points.numpy(), origin, 1e-20, *arguments)
+    all_seen = native.greedy_kcenter(points.numpy(), origin, 1e20, *arguments)
     assert torch.equal(picks, expected)
     assert few < all_seen / 4
 
@@ -228,8 +228,31 @@ def test_a_point_far_from_all_others(outlier):
     assert torch.equal(native_picks, plain) and native_picks[1] == outlier
 
 
+@pytest.mark.parametrize("size", [1e-10, 1e-12])
+def test_tiny_points_between_two_huge_ones(size):
+    """All bytes but two are zero, and what is left over underflows when it is squared."""
+    points = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * size
+    points[0], points[1] = 1e15, -1e15
+    native_picks, plain = (
+        greedy_kcenter(points, 60, 2, backend=b) for b in ("native", "reference")
+    )
+    assert torch.equal(native_picks, plain)
+
+
+@pytest.mark.parametrize("dim", [65535, 65536])
+def test_as_many_coordinates_as_there_may_be(dim):
+    points = torch.randn(12, dim, generator=torch.Generator().manual_seed(0))
+    points[3:6] = points[:1].sign()  # bytes as large as they get, and copies
+    points[6:9] = -points[:1].sign()
+    native_picks, plain = (
+        greedy_kcenter(points, 12, 2, backend=b) for b in ("native", "reference")
+    )
+    assert torch.equal(native_picks, plain)
+
+
 def test_pairs_outside_the_span_of_the_sample():
-    """Far out along directions that no axis has: of these, coordinates hold rounding alone."""
+    """Far out along directions that no axis of a bank has: of these, coordinates hold rounding
+    alone. The bytes of k-center are cut off, or coarse."""
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(1200, 8, generator=generator) @ torch.randn(8, 300, generator=generator)
     far = 1e6 * torch.randn(100, 300, generator=generator)
@@ -255,5 +278,5 @@ def test_progress_is_reported_and_may_interrupt():
 
     origin, picks = torch.zeros(32), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        native.greedy_kcenter(points.numpy(), origin.numpy(), 1.0, picks.numpy(), report)
+        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, picks.numpy(), report)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

@@ -228,7 +228,7 @@ def test_a_checkpoint_tells_backbone_and_size(folders, supervised, tmp_path):
         ({"optimizer": "adam"}, "optimizer is one of"),
         ({"schedule": "linear"}, "schedule is one of"),
         ({"epochs": 0}, "epochs must be at least 1"),
-        ({"batch_size": 1}, "batch_size must be at least 2 for feature_norm"),
+        ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"batch_size": 64}, "a batch needs 64 images, but the data has only 36"),
         ({"backbone": "vgg16"}, "torchvision's ResNets"),
     ],
@@ -294,6 +294,7 @@ def test_only_the_same_probe_goes_on(folders, supervised, tmp_path):
         (replace(run, weights=supervised / "last.pt"), "are other weights"),
         (replace(run, train=[*folders]), "72 images with fingerprint .* instead of 36"),
         (replace(run, train=two, val=two), "its images had other classes"),
+        (replace(run, val=[folders[1] / "blue"]), "measured on other images of val"),
     ):
         with pytest.raises(InputError, match=message):
             probe(changed)
@@ -301,6 +302,12 @@ def test_only_the_same_probe_goes_on(folders, supervised, tmp_path):
     torch.save(state | {"version": 99}, tmp_path / "out" / "probe.pt")
     with pytest.raises(InputError, match="version 99"):
         probe(run)
+
+
+def test_several_processes_are_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        probe(probe_config(folders, tmp_path / "out", epochs=1))
 
 
 def test_a_terminated_process_has_lost_no_finished_epoch(folders, tmp_path):

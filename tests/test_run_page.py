@@ -84,6 +84,10 @@ def test_curves_of_one_step_and_of_many(run, tmp_path):
             len(c) == min(steps, POINTS) for c in curves
         )
         assert all(0 <= x <= 320 and 0 <= y <= 150 for curve in curves for x, y in curve)
+    lines = [{"step": 1, "wait_share": 0.0} | dict.fromkeys(names, 1.0)]  # of an older run
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
+    write_run_page(tmp_path, settings, loader)
+    assert "Of the time" not in (tmp_path / "run.html").read_text()
     # one step among the 45 of a point is seen
     assert [y for _, y in curves[0]] == [150.0] * 10 + [0.0] + [150.0] * 189
     assert "between 0 and 0.0222" in page

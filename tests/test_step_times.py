@@ -34,4 +34,3 @@ def test_a_run_tells_them(tmp_path):
         assert sum(seconds.values()) == pytest.approx(
             config(data, "").batch_size / step["images_per_s"]
         )
-        assert seconds["backward"] > seconds["optimizer"]

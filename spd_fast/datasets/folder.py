@@ -1,7 +1,9 @@
 """Folders of images for pre-training, as ImageNet is usually stored: one sub-folder per class."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from spd_fast.datasets.images import is_image_name
@@ -48,6 +50,14 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the files' names relative to their common directory, so that data may be moved."""
+        paths = [os.path.abspath(path) for path in self.paths]
+        common = os.path.commonpath({os.path.dirname(path) for path in paths})
+        names = "\0".join(path[len(common) :] for path in paths).replace(os.sep, "/")
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _images_of(root: Path) -> list[str]:

@@ -16,7 +16,6 @@ from spd_fast.ops.backends import (
 )
 
 SAMPLE = 1024  # points that tell where the bytes of csrc/bytes.h have to reach
-LARGEST_BYTE = 63
 
 
 def greedy_kcenter(
@@ -70,7 +69,7 @@ def _(points, k, start=0, progress=False, backend=None) -> Tensor:
 
 
 LARGEST = 1e15  # squares of differences must stay finite in float32
-MOST_COORDINATES = 65536  # rounding of a sum must stay within the margins of csrc/dist2.h
+MOST_COORDINATES = 65536  # for the margins of csrc/dist2.h and the 32 bits of csrc/bytes.h
 
 
 def check_points(name: str, points: Tensor) -> None:
@@ -98,7 +97,7 @@ def _kcenter_native(points, k, start, progress) -> Tensor:
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
     native.greedy_kcenter(
-        points.contiguous().numpy(), origin.numpy(), LARGEST_BYTE / reach, picks.numpy(), progress
+        points.contiguous().numpy(), origin.numpy(), reach, picks.numpy(), progress
     )
     progress(k)
     return picks
