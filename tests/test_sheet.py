@@ -76,6 +76,6 @@ def test_views_sheet(tmp_path, recipe, columns):
     Image.fromarray(gradient).save(tmp_path / "photo.png")
     write_views_sheet(tmp_path / "photo.png", tmp_path / "sheet.png", recipe, rows=2, size=64)
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.size == (72 * columns + 8, 118 * 2 + 8)
-    views = [sheet.crop((8 + 72 * c, 8, 72 + 72 * c, 72)).tobytes() for c in range(1, columns)]
+    assert sheet.size == (128 * columns + 8, 118 * 2 + 8)
+    views = [sheet.crop((8 + 128 * c, 8, 72 + 128 * c, 72)).tobytes() for c in range(1, columns)]
     assert len(set(views)) == len(views)
