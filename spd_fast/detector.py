@@ -1,7 +1,6 @@
 """What the detectors share: features of a network, the checks around them, and marked files."""
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spd_fast.errors import InputError
-from spd_fast.files import read_state
 from spd_fast.models import FeatureLayers
 from spd_fast.reference import smooth_upsample_matrix
 
@@ -88,21 +86,3 @@ def smooth_upsample(distances: Tensor, size: tuple[int, int], **smoothing) -> Te
         for n_in, n_out in zip(distances.shape[1:], size)
     )
     return along_y @ distances @ along_x.mT
-
-
-def read_marked(
-    path: str | Path, detector: str, mark: str, version: int, mmap: bool = False
-) -> dict:
-    """What a detector's `save` wrote: a dictionary with its mark and version.
-
-    Raises:
-        InputError: the file is missing, damaged, something else, or of another version.
-    """
-    state = read_state(path, f"a saved {detector}", mmap)
-    if not isinstance(state, dict) or state.get("format") != mark:
-        raise InputError(f"{path} is not a saved {detector}: it lacks the mark {mark!r}")
-    if state.get("version") != version:
-        raise InputError(
-            f"{path} has version {state.get('version')}, this spd-fast reads {version}"
-        )
-    return state

@@ -193,3 +193,19 @@ def read_state(path: str | Path, what: str, mmap: bool = False):
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds for files that are not its own
         raise InputError(f"{path} is not {what}, or is damaged ({type(error).__name__})") from error
+
+
+def read_marked(path: str | Path, what: str, mark: str, version: int, mmap: bool = False) -> dict:
+    """A dictionary with a mark, as "format", and a version; `what` it should be, for the message.
+
+    Raises:
+        InputError: the file is missing, damaged, something else, or of another version.
+    """
+    state = read_state(path, what, mmap)
+    if not isinstance(state, dict) or state.get("format") != mark:
+        raise InputError(f"{path} is not {what}: it lacks the mark {mark!r}")
+    if state.get("version") != version:
+        raise InputError(
+            f"{path} has version {state.get('version')}, this spd-fast reads {version}"
+        )
+    return state

@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from spd_fast.errors import InputError
-from spd_fast.files import read_state
+from spd_fast.files import read_marked, read_state
 
 CHECKPOINT_FORMAT = "spd-fast checkpoint"
 CHECKPOINT_VERSION = 1
@@ -167,15 +167,7 @@ def read_checkpoint(path: str | Path) -> dict:
     Raises:
         InputError: it is missing, damaged, something else, or of another version.
     """
-    state = read_state(path, "a checkpoint of spd-fast")
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"{path} is not a checkpoint: it lacks the mark {CHECKPOINT_FORMAT!r}")
-    if state["version"] != CHECKPOINT_VERSION:
-        raise InputError(
-            f"{path} is a checkpoint of version {state['version']}, but this spd-fast reads "
-            f"version {CHECKPOINT_VERSION}"
-        )
-    return state
+    return read_marked(path, "a checkpoint", CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
 
 
 class FeatureLayers(nn.Module):

@@ -18,12 +18,11 @@ from spd_fast.detector import (
     check_image_size,
     feature_network,
     read_layers,
-    read_marked,
     refuse_not_finite,
     smooth_upsample,
 )
 from spd_fast.errors import InputError
-from spd_fast.files import save_state
+from spd_fast.files import read_marked, save_state
 from spd_fast.models import check_can_compile, load_backbone, new_backbone, pick_device
 from spd_fast.ops.factor import converted, factor_width, find_dtype
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update, mahalanobis_map
@@ -360,7 +359,7 @@ class PaDiM:
         """
         if compile:
             check_can_compile(pick_device(device))
-        state = read_marked(path, "PaDiM", FORMAT, VERSION, mmap=True)
+        state = read_marked(path, "a saved PaDiM", FORMAT, VERSION, mmap=True)
         model = cls.__new__(cls)
         try:
             model._configure(state["backbone"], state["preset"], state["factor_dtype"], device)

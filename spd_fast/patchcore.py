@@ -18,12 +18,11 @@ from spd_fast.detector import (
     check_image_size,
     feature_network,
     read_layers,
-    read_marked,
     refuse_not_finite,
     smooth_upsample,
 )
 from spd_fast.errors import InputError
-from spd_fast.files import save_state
+from spd_fast.files import read_marked, save_state
 from spd_fast.models import check_can_compile, load_backbone, new_backbone, pick_device
 from spd_fast.ops.kcenter import greedy_kcenter
 from spd_fast.ops.nearest import nearest_neighbors, prepare_bank
@@ -274,7 +273,7 @@ class PatchCore:
         """
         if compile:
             check_can_compile(pick_device(device))
-        state = read_marked(path, "PatchCore", FORMAT, VERSION)
+        state = read_marked(path, "a saved PatchCore", FORMAT, VERSION)
         model = cls.__new__(cls)
         try:
             model._configure(

@@ -21,7 +21,14 @@ from spd_fast.checks import check_at_least, check_choice, check_number
 from spd_fast.choices import OPTIMIZERS, SCHEDULES
 from spd_fast.datasets.folder import ImageFolder
 from spd_fast.errors import InputError
-from spd_fast.files import make_output_dir, read_state, save_state, write_json, write_text
+from spd_fast.files import (
+    make_output_dir,
+    read_marked,
+    read_state,
+    save_state,
+    write_json,
+    write_text,
+)
 from spd_fast.held_out import labels_among, top_k
 from spd_fast.info import versions
 from spd_fast.loader import ViewLoader
@@ -317,14 +324,7 @@ def read_probe(path: str | Path) -> dict:
     Raises:
         InputError: it is missing, damaged, something else, or of another version.
     """
-    state = read_state(path, "a checkpoint of probe")
-    if not isinstance(state, dict) or state.get("format") != PROBE_FORMAT:
-        raise InputError(f"{path} is not a checkpoint of probe")
-    if state["version"] != PROBE_VERSION:
-        raise InputError(
-            f"{path} is of version {state['version']}, but this spd-fast reads {PROBE_VERSION}"
-        )
-    return state
+    return read_marked(path, "a checkpoint of probe", PROBE_FORMAT, PROBE_VERSION)
 
 
 def _sha256(weights: str | Path) -> str | None:
