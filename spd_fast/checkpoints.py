@@ -1,8 +1,6 @@
 """Checkpoints of pre-training: writing them, which ones stay, and going on from one."""
 
 import hashlib
-import os
-import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 from spd_fast.errors import InputError
-from spd_fast.files import atomic_path, save_state
+from spd_fast.files import atomic_path, link_or_copy, save_state
 from spd_fast.knn import KnnMonitor
 from spd_fast.loader import ViewLoader
 from spd_fast.methods import Method
@@ -87,10 +85,7 @@ def _second_name(path: Path, other: Path) -> None:
     """last.pt is replaced, never written to: a hard link to it costs no space of its own."""
     with atomic_path(other) as temporary:
         temporary.unlink()
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without them
-            shutil.copyfile(path, temporary)
+        link_or_copy(path, temporary)
 
 
 def find_checkpoint(config: PretrainConfig) -> dict | None:

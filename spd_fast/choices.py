@@ -8,6 +8,16 @@ OPTIMIZERS = ("sgd", "lars")
 SCHEDULES = ("cosine", "steps")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
+# Of `evaluate`: which protocols a method is for.
+ONE_CLASS, TWO_CLASS = ("1cls",), ("2cls_highshot", "5shot", "10shot")
+METHODS = {
+    "padim": ONE_CLASS,
+    "patchcore": ONE_CLASS,
+    "classifier": TWO_CLASS,
+    "unet": TWO_CLASS,
+}
+FACTOR_DTYPES = ("float32", "float16", "bfloat16", "int8")
+
 # Where `adapt` differs from its recipe, which is made for ImageNet: here some hundred images and
 # weights that are good already. Chosen by these reasons, not tuned on VisA. The learning rate is
 # the recipe's, times the square root of the batch's share of the recipe's batch: for SimSiam 0.025,

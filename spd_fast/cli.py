@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version
 
 from spd_fast import __version__
+from spd_fast.choices import FACTOR_DTYPES, METHODS, ONE_CLASS, TWO_CLASS
 from spd_fast.cli_arguments import command, given_by, positive, seed
 from spd_fast.cli_training import add_training_commands
 from spd_fast.errors import InputError
@@ -16,7 +17,7 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for wrong input, 130 if interrupted, 75 if
-    pre-training saved and ended early."""
+    pre-training saved and ended early, 1 if a category failed or a data set is not as it should."""
     options = _parser().parse_args(arguments)
     if not sys.stderr.isatty():  # a log file wants few progress lines
         os.environ.setdefault("TQDM_MININTERVAL", "5")
@@ -158,8 +159,14 @@ def _add_evaluate(commands) -> None:
     parser = command(commands, "evaluate", _evaluate, "fit and score every category of a data set")
     add = parser.add_argument
     add("--data", required=True, help="root of VisA (either layout) or MVTec-AD")
-    add("--protocol", default="1cls", choices=("1cls",))
-    add("--method", default="padim", choices=("padim", "patchcore"))
+    add(
+        "--protocol",
+        default="1cls",
+        choices=(*ONE_CLASS, *TWO_CLASS),
+        help="1cls for padim and patchcore; the others for classifier and unet, the k-shot ones on "
+        "several draws of k normal and k anomalous training images",
+    )
+    add("--method", default="padim", choices=tuple(METHODS))
     add("--backbone", default="resnet18", help="a torchvision ResNet")
     add(
         "--weights",
@@ -173,7 +180,7 @@ def _add_evaluate(commands) -> None:
     add(
         "--factor-dtype",
         default="float32",
-        choices=("float32", "float16", "bfloat16", "int8"),
+        choices=FACTOR_DTYPES,
         help="PaDiM: fewer bits, less memory; int8 is off by about 1 %%; bfloat16 is for GPUs",
     )
     add("--coreset-ratio", type=float, default=0.1, help="PatchCore: patches that the bank keeps")
@@ -183,6 +190,21 @@ def _add_evaluate(commands) -> None:
         help="PatchCore: bank items that re-weight the image score; default by preset, 1 or 9",
     )
     add("--bank-dtype", default="float32", choices=("float32", "float16"), help="PatchCore")
+    add("--epochs", type=positive, help="2-class models; default 80, or with k shots iterations")
+    add(
+        "--iterations",
+        type=positive,
+        help="2-class models; default with k shots 1000 for the classifier, 500 for the U-Net",
+    )
+    add("--lr", type=float, default=1e-4, help="2-class models: rate of SGD, constant")
+    add("--train-batch-size", type=positive, default=16, help="2-class models")
+    add(
+        "--flips",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="2-class models: flip training images at random",
+    )
+    add("--draws", type=positive, default=5, help="of the k-shot protocols; means are reported")
     add(
         "--compat",
         choices=("spot-diff",),
@@ -191,6 +213,7 @@ def _add_evaluate(commands) -> None:
     add("--name", help="label of the run in reports")
     add("--batch-size", type=positive, default=16)
     add("--workers", type=positive, default=4, help="threads that read images")
+    add("--cache", help="directory that keeps resized images for the next run")
     add("--seed", type=seed, default=0, help="of what is drawn, random weights included")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
@@ -199,10 +222,11 @@ def _add_evaluate(commands) -> None:
     add("--out", required=True, help="output directory")
 
 
-def _evaluate(options) -> None:
+def _evaluate(options) -> int:
     from spd_fast.evaluate import EvaluateConfig, evaluate
 
-    evaluate(EvaluateConfig(**given_by(options) | {"category": tuple(options.category)}))
+    run = evaluate(EvaluateConfig(**given_by(options) | {"category": tuple(options.category)}))
+    return 1 if run["failed"] else 0
 
 
 def _add_predict(commands) -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
+def process_group(
+    device: torch.device, patience: timedelta | None = None
+) -> Iterator[torch.device]:
     """Join the processes of `torchrun`, if it started this one; the device of this process.
 
     On GPUs each process takes the one of its local rank and NCCL moves tensors; gloo moves what is
-    on the CPU.
+    on the CPU. `patience`: how long processes wait for each other; None: torch's half an hour.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield device
@@ -36,7 +39,7 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
         # After a restart torchrun's store still holds the addresses of the processes before.
         store = dist.PrefixStore(f"start_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
     try:
         yield device
     finally:

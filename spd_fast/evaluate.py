@@ -1,37 +1,38 @@
 """From a data set to numbers: fit a detector per category, score its test images, measure."""
 
 import hashlib
+import shutil
 import time
-from collections.abc import Iterator
+import traceback
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from spd_fast import __version__, metrics
-from spd_fast.datasets import Category, Sample, read_dataset
-from spd_fast.datasets.images import read_image, read_mask
-from spd_fast.datasets.visa import PAPER_NAMES
+from spd_fast.choices import METHODS, ONE_CLASS
+from spd_fast.datasets import Category, read_dataset
+from spd_fast.distributed import barrier, of_all_ranks, process_group, rank, world_size
 from spd_fast.errors import InputError
-from spd_fast.files import atomic_directory, make_output_dir, read_json, refuse_inside, write_json
+from spd_fast.evaluate_category import DRAWS, RESULT, SHOTS, Detector, Plan, evaluate_category
+from spd_fast.files import make_output_dir, read_json, refuse_foreign, refuse_inside, write_json
 from spd_fast.info import versions
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
 from spd_fast.patchcore import PatchCore
-from spd_fast.preprocess import Preset, displayed_image, prepare_image, prepare_mask
 from spd_fast.report import format_table, load_run, write_report
-from spd_fast.sheet import example_sheet
-from spd_fast.threads import in_threads
+from spd_fast.twoclass import Classifier, Training, UNet
 
-METHODS = ("padim", "patchcore")
 # In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, the model
-# as <method>.pt.
-CATEGORIES, RESULT = "categories", "result.json"
+# as <method>.pt; and what is not finished yet.
+CATEGORIES, UNFINISHED = "categories", "unfinished"
 CATEGORY = "{category}"  # in `weights`: the name of each category
+FEW_SHOT_POOL = "2cls_fewshot"  # the split that the k-shot protocols draw from
+# What iterations a k-shot model learns for (paper appendix C); the high-shot ones: 80 epochs.
+ITERATIONS = {"classifier": 1000, "unet": 500}
+PATIENCE = timedelta(days=30)  # of a process that has done its categories, for the others
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,18 @@ class EvaluateConfig:
     coreset_ratio: float = 0.1
     n_neighbors: int | None = None
     bank_dtype: str = "float32"
+    epochs: int | None = None
+    iterations: int | None = None
+    lr: float = Training.lr
+    train_batch_size: int = Training.batch_size
+    flips: bool = True
+    draws: int = DRAWS
     compat: str | None = None
     category: tuple[str, ...] = ()
     name: str | None = None
     batch_size: int = 16
     workers: int = 4
+    cache: str | None = None
     seed: int = 0
     device: str = "auto"
     skip_bad_images: bool = False
@@ -62,22 +70,16 @@ class EvaluateConfig:
     save_models: bool = False
 
 
-@dataclass
-class Scored:
-    """The test images of a category and what the detector said of them."""
-
-    samples: list[Sample]
-    masks: np.ndarray  # (N, h, w) bool
-    maps: np.ndarray  # (N, h, w) float32
-    scores: np.ndarray  # (N,) float32
-
-
 def evaluate(config: EvaluateConfig) -> dict:
     """Evaluate a detector on every category of a data set and write the results.
 
     Writes `results.json` and `report.html` into `config.out`, and below it one directory per
     category. A category that an earlier, interrupted call with the same configuration has finished
-    is not done again. One that was finished with other settings of the same method is replaced.
+    is not done again; one that it was at goes on from its last finished draw or saved training. One
+    that was finished with other settings of the same method is replaced. A category that fails is
+    reported and does not stop the others.
+
+    Processes that torchrun starts share the categories out among them.
 
     In `config.weights`, "{category}" stands for the name of each category, which then has weights
     of its own; what is computed for a category is what it would be with that file given.
@@ -87,54 +89,96 @@ def evaluate(config: EvaluateConfig) -> dict:
 
     Raises:
         InputError: bad data, weights or configuration (the file of weights of every category is
-            looked for before the first is evaluated), or `config.out` cannot be written or holds
-            the results of another method.
+            looked for before the first is evaluated), `config.out` cannot be written or holds the
+            results of another method or protocol, or every category fails.
     """
     _check(config)
+    with process_group(pick_device(config.device), PATIENCE) as device:
+        return _evaluate(config, device)
+
+
+def _evaluate(config: EvaluateConfig, device: torch.device) -> dict:
     started = time.perf_counter()
     out = make_output_dir(config.out)
-    _refuse_other_method(out, config)
-    dataset = read_dataset(config.data, config.protocol, list(config.category) or None)
+    _refuse_other_results(out, config)
+    split = FEW_SHOT_POOL if config.protocol in SHOTS else config.protocol
+    dataset = read_dataset(config.data, split, list(config.category) or None)
+    for category in dataset:
+        refuse_foreign(out / CATEGORIES / category.name, RESULT)
     own = [_for_category(config, category) for category in dataset]
-    model, weights = _new_detector(own[0]), own[0].weights
-    categories = []
-    for category, its in zip(dataset, own):
-        result = _finished(out, its, category)
-        if result is None:
-            if its.weights != weights:  # one detector for all that have the same
-                model, weights = _new_detector(its), its.weights
-            result = _evaluate_category(model, category, its, out)
-        categories.append(result)
-    run = {
-        "name": config.name or f"{config.method}, {config.weights}",
-        "config": _settings(config) | _chosen(model),
-        "versions": versions(),
-        "seconds": time.perf_counter() - started,
-        "categories": categories,
-    }
-    write_json(out / "results.json", run)
+    models = _Models(device)
+    models.of(own[0])  # what is wrong with the settings or the weights is said at once
+    failed = {}
+    for category, its in list(zip(dataset, own))[rank() :: world_size()]:
+        if _finished(out, its, category):
+            tqdm.write(f"{category.name}: done before with these settings and files, results kept")
+        else:
+            try:
+                _evaluate_category(models, category, its, out)
+            except Exception as error:
+                failed[category.name] = _reason(error)
+                tqdm.write(f"{category.name} failed: {failed[category.name]}")
+    failed = of_all_ranks(failed)
+    barrier()
+    done = [_finished(out, its, category) for category, its in zip(dataset, own)]
+    if len(failed) == len(dataset):
+        raise InputError(failed[dataset[0].name])
+    if not rank():
+        run = {
+            "name": config.name or f"{config.method}, {config.weights}",
+            "config": _settings(config) | _chosen(models.of(own[0])),
+            "versions": versions(),
+            "seconds": time.perf_counter() - started,
+            "categories": [result for result in done if result],
+            "failed": failed,
+        }
+        write_json(out / "results.json", run)
+        _tell(config, out)
+    barrier()
+    return load_run(out)
+
+
+def _tell(config: EvaluateConfig, out: Path) -> None:
     run = load_run(out)
     write_report([run], out / "report.html", f"Anomaly detection on {Path(config.data).name}")
     print(format_table([run]))
-    skipped = [reason for category in categories for reason in category["skipped"].values()]
+    skipped = [reason for found in run["categories"] for reason in found["skipped"].values()]
     if skipped:
         print(f"{len(skipped)} images were skipped:", *skipped, sep="\n  ")
+    for name, reason in run["failed"].items():
+        print(f"{name} failed: {reason}")
     print(f"report: {out / 'report.html'}")
-    return run
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, (InputError, OSError, MemoryError)):  # a fault of ours, or of torch
+        traceback.print_exception(error)
+        return f"{type(error).__name__}: {error}"
+    return str(error) or type(error).__name__
 
 
 def _check(config: EvaluateConfig) -> None:
     if config.method not in METHODS:
         raise InputError(f"method is one of {', '.join(METHODS)}; got {config.method!r}")
-    if config.protocol != "1cls":
+    protocols = METHODS[config.method]
+    if config.protocol not in protocols:
+        learns = "normal images only" if protocols == ONE_CLASS else "normal and anomalous images"
         raise InputError(
-            f"{config.method} learns normal images only: protocol 1cls, got {config.protocol!r}"
+            f"{config.method} learns {learns}: protocol {' or '.join(protocols)}, got "
+            f"{config.protocol!r}"
         )
     metrics.check_compat(config.compat)
     refuse_inside(config.out, config.data)
-    for name in ("batch_size", "workers"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if config.cache:
+        refuse_inside(config.cache, config.data)
+    for name in ("batch_size", "workers", "train_batch_size", "draws", "epochs", "iterations"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if config.epochs and config.iterations:
+        raise InputError("give epochs or iterations, not both")
+    if not config.lr > 0:
+        raise InputError(f"lr must be above 0, got {config.lr}")
 
 
 def _for_category(config: EvaluateConfig, category: Category) -> EvaluateConfig:
@@ -146,19 +190,36 @@ def _for_category(config: EvaluateConfig, category: Category) -> EvaluateConfig:
     return replace(config, weights=weights)
 
 
-def _refuse_other_method(out: Path, config: EvaluateConfig) -> None:
-    """Its results would be replaced one by one."""
+def _refuse_other_results(out: Path, config: EvaluateConfig) -> None:
+    """They would be replaced one by one."""
     for path in (out / CATEGORIES).glob(f"*/{RESULT}"):
-        method = read_json(path).get("fingerprint", {}).get("method", config.method)
-        if method != config.method:
-            raise InputError(
-                f"{path.parent} holds results of {method}: give {config.method} another directory"
-            )
+        found = read_json(path).get("fingerprint", {})
+        for name in ("method", "protocol"):
+            held, wanted = found.get(name), getattr(config, name)
+            if held not in (None, wanted):
+                raise InputError(
+                    f"{path.parent} holds results of {held}: give {wanted} another directory"
+                )
 
 
-def _new_detector(config: EvaluateConfig) -> PaDiM | PatchCore:
+class _Models:
+    """The detector of a configuration: one for all categories that have the same weights."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.weights, self.model = device, None, None
+
+    def of(self, config: EvaluateConfig) -> Detector:
+        if config.weights != self.weights:
+            self.model, self.weights = _new_detector(config, self.device), config.weights
+        return self.model
+
+
+def _new_detector(config: EvaluateConfig, device: torch.device) -> Detector:
     common = {name: getattr(config, name) for name in ("backbone", "preset", "weights", "seed")}
-    common |= {"device": pick_device(config.device), "compile": config.compile}
+    common |= {"device": device}
+    if config.method in ("classifier", "unet"):
+        return {"classifier": Classifier, "unet": UNet}[config.method](**common)
+    common |= {"compile": config.compile}
     if config.method == "padim":
         return PaDiM(n_features=config.n_features, factor_dtype=config.factor_dtype, **common)
     return PatchCore(
@@ -169,18 +230,44 @@ def _new_detector(config: EvaluateConfig) -> PaDiM | PatchCore:
     )
 
 
-def _chosen(model: PaDiM | PatchCore) -> dict:
+def _chosen(model: Detector) -> dict:
     """Settings that the model chose where the configuration left them open."""
     if isinstance(model, PaDiM):
         return {"n_features": len(model.channels)}
-    return {"n_neighbors": model.n_neighbors}
+    return {"n_neighbors": model.n_neighbors} if isinstance(model, PatchCore) else {}
+
+
+def _training(config: EvaluateConfig) -> Training | None:
+    """The schedule of a 2-class model: the paper's, unless another is given."""
+    if METHODS[config.method] == ONE_CLASS:
+        return None
+    epochs, iterations = config.epochs, config.iterations
+    if epochs is None and iterations is None:
+        shots = config.protocol in SHOTS
+        iterations = ITERATIONS[config.method] if shots else None
+        epochs = None if shots else Training.epochs
+    return Training(
+        epochs=epochs,
+        iterations=iterations,
+        lr=config.lr,
+        batch_size=config.train_batch_size,
+        flips=config.flips,
+    )
 
 
 def _settings(config: EvaluateConfig) -> dict:
     """What decides the numbers, as opposed to where and how fast they are made."""
     settings = asdict(config)
-    for name in ("out", "name", "batch_size", "workers", "device", "compile", "save_models"):
+    for name in (
+        *("out", "name", "batch_size", "workers", "cache", "device", "compile", "save_models"),
+        *("epochs", "iterations", "lr", "train_batch_size", "flips", "draws"),
+    ):
         del settings[name]
+    training = _training(config)
+    if training:
+        settings |= asdict(training)
+    if config.protocol in SHOTS:
+        settings["draws"] = config.draws
     settings["category"] = list(config.category)
     return settings
 
@@ -202,6 +289,7 @@ def _fingerprint(config: EvaluateConfig, category: Category) -> dict:
 
 
 def _finished(out: Path, config: EvaluateConfig, category: Category) -> dict | None:
+    """The result of a category, if it is there and up to date."""
     directory = out / CATEGORIES / category.name
     if not (directory / RESULT).exists():
         return None
@@ -210,149 +298,40 @@ def _finished(out: Path, config: EvaluateConfig, category: Category) -> dict | N
         return None
     if config.save_models and not (directory / f"{config.method}.pt").exists():
         return None
-    tqdm.write(f"{category.name}: already done with these settings and files, results kept")
-    return stored["result"]
+    result = stored["result"]
+    examples = [
+        example | {"file": f"{CATEGORIES}/{category.name}/{example['file']}"}
+        for example in result["examples"]
+    ]
+    return result | {"examples": examples}
 
 
 def _evaluate_category(
-    model: PaDiM | PatchCore, category: Category, config: EvaluateConfig, out: Path
-) -> dict:
-    preset = model.settings
-    skipped: dict[str, str] = {}
-    directory = make_output_dir(out / CATEGORIES) / category.name
-    started = time.perf_counter()
-    train = _batches(category.train, preset, config, skipped, f"{category.name}: fit")
-    model.fit(images for _, images, _ in train)
-    fitted = time.perf_counter()
-    scored = _score(model, category, preset, config, skipped)
-    finished = time.perf_counter()
-    labels = np.array([sample.label for sample in scored.samples])
-    pixel = metrics.pixel_metrics(scored.maps, scored.masks, config.compat)
-    result = {
-        "name": category.name,
-        "title": PAPER_NAMES.get(category.name, category.name),
-        "n_train": model.count,
-        "n_test": len(labels),
-        "n_anomalous": int(labels.sum()),
-        "image": asdict(metrics.image_metrics(scored.scores, labels)),
-        "pixel": asdict(pixel),
-        "curves": _curves(scored, labels),
-        "skipped": skipped,
-        "seconds": {"fit": fitted - started, "score": finished - fitted},
-    }
-    with atomic_directory(directory, mark=RESULT) as temporary:
-        examples = _write_examples(scored, preset, temporary, pixel.threshold)
-        for example in examples:
-            example["file"] = f"{CATEGORIES}/{category.name}/{example['file']}"
-        result["examples"] = examples
-        if config.save_models:
-            model.save(temporary / f"{config.method}.pt")
-        stored = {"fingerprint": _fingerprint(config, category), "result": result}
-        write_json(temporary / RESULT, stored)
-    return result
-
-
-def _score(
-    model: PaDiM | PatchCore,
-    category: Category,
-    preset: Preset,
-    config: EvaluateConfig,
-    skipped: dict[str, str],
-) -> Scored:
-    samples, masks, maps, scores = [], [], [], []
-    test = _batches(category.test, preset, config, skipped, f"{category.name}: score")
-    for batch, pixels, truth in test:
-        batch_maps, batch_scores = model.score(pixels)
-        samples += batch
-        masks.append(truth)
-        maps.append(batch_maps.cpu().numpy())
-        scores.append(batch_scores.cpu().numpy())
-    if not samples:
-        raise InputError(f"category {category.name} has no readable test image")
-    return Scored(
-        samples,
-        np.concatenate(masks),
-        np.concatenate(maps),
-        np.concatenate(scores),
+    models: _Models, category: Category, config: EvaluateConfig, out: Path
+) -> None:
+    fingerprint = _fingerprint(config, category)
+    key = repr((sorted(fingerprint.items()), config.save_models))
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    plan = Plan(
+        method=config.method,
+        protocol=config.protocol,
+        training=_training(config),
+        draws=config.draws,
+        seed=config.seed,
+        compat=config.compat,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        cache=Path(config.cache) if config.cache else None,
+        skip_bad_images=config.skip_bad_images,
+        save_models=config.save_models,
     )
-
-
-def _batches(
-    samples: list[Sample],
-    preset: Preset,
-    config: EvaluateConfig,
-    skipped: dict[str, str],
-    title: str,
-) -> Iterator[tuple[list[Sample], Tensor, np.ndarray]]:
-    """Samples, images (B, 3, h, w) and masks (B, h, w) of each batch, read ahead in threads."""
-
-    def load(sample: Sample) -> tuple[Sample, Tensor, np.ndarray] | None:
-        try:
-            image = read_image(sample.image)
-            mask = np.zeros(image.shape[:2], bool)
-            if sample.mask is not None:
-                mask = read_mask(sample.mask, image.shape[:2])
-        except InputError as error:
-            if not config.skip_bad_images:
-                raise
-            skipped[str(sample.image)] = str(error)
-            return None
-        return sample, prepare_image(image, preset), prepare_mask(mask, preset)
-
-    with tqdm(total=len(samples), desc=title, unit="image") as progress:
-        loaded = in_threads(load, samples, config.workers)
-        while batch := list(islice(loaded, config.batch_size)):
-            progress.update(len(batch))
-            good = [item for item in batch if item is not None]
-            if good:
-                kept, images, masks = zip(*good)
-                yield list(kept), torch.stack(images), np.stack(masks)
-
-
-def _curves(scored: Scored, labels: np.ndarray) -> dict[str, list[list[float]]]:
-    rounded = {}
-    for level, scores, truth in (
-        ("image", scored.scores, labels),
-        ("pixel", scored.maps, scored.masks),
-    ):
-        curves = metrics.curves(scores, truth)
-        for name, curve in (("roc", curves.roc), ("pr", curves.pr)):
-            rounded[f"{level}_{name}"] = [np.round(axis, 6).tolist() for axis in curve]
-    return rounded
-
-
-def _write_examples(
-    scored: Scored, preset: Preset, directory: Path, threshold: float, each: int = 2
-) -> list[dict]:
-    """Pictures of the worst and best test images; one colour scale per category."""
-    labels = np.array([sample.label for sample in scored.samples])
-    order = np.argsort(scored.scores, kind="stable")
-    anomalous, normal = order[labels[order] == 1], order[labels[order] == 0]
-    chosen = [
-        *(("worst: anomaly with a low score", i) for i in anomalous[:each]),
-        *(("worst: normal image with a high score", i) for i in normal[::-1][:each]),
-        *(("best: anomaly with a high score", i) for i in anomalous[::-1][:each]),
-        *(("best: normal image with a low score", i) for i in normal[:1]),
-    ]
-    scale = (float(np.quantile(scored.maps, 0.01)), float(scored.maps.max()))
-    examples, drawn = [], set()
-    for number, (title, i) in enumerate(chosen):
-        if i in drawn:  # a category of few test images
-            continue
-        drawn.add(i)
-        sample = scored.samples[i]
-        path = directory / f"example_{number}.jpg"
-        picture = displayed_image(prepare_image(read_image(sample.image), preset))
-        sheet = example_sheet(picture, scored.maps[i], scored.masks[i], threshold, scale)
-        sheet.save(path, quality=88)
-        examples.append(
-            {
-                "title": title,
-                "file": path.name,
-                "score": float(scored.scores[i]),
-                "label": sample.label,
-                "defect": sample.defect,
-                "caption": sample.image.name,
-            }
-        )
-    return examples
+    evaluate_category(
+        models.of(config),
+        category,
+        plan,
+        unfinished=out / UNFINISHED / f"{category.name}-{digest}",
+        directory=make_output_dir(out / CATEGORIES) / category.name,
+        fingerprint=fingerprint,
+    )
+    for left in (out / UNFINISHED).glob(f"{category.name}-{'?' * 16}"):  # of other settings
+        shutil.rmtree(left, ignore_errors=True)

@@ -109,6 +109,13 @@ def read_json(path: str | Path):
         raise InputError(f"{path} is not readable JSON: {error}") from error
 
 
+def refuse_foreign(path: str | Path, mark: str) -> None:
+    """What `atomic_directory` does first, for a look ahead of long work."""
+    path = Path(path)
+    if path.exists() and not (path / mark).exists():
+        raise InputError(f"{path} is in the way: it is not a result of an earlier run (no {mark})")
+
+
 @contextmanager
 def atomic_directory(path: str | Path, mark: str) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place when the block ends well.
@@ -122,8 +129,7 @@ def atomic_directory(path: str | Path, mark: str) -> Iterator[Path]:
         InputError: `path` exists and does not hold `mark`.
     """
     path = Path(path)
-    if path.exists() and not (path / mark).exists():
-        raise InputError(f"{path} is in the way: it is not a result of an earlier run (no {mark})")
+    refuse_foreign(path, mark)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
@@ -138,6 +144,17 @@ def atomic_directory(path: str | Path, mark: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def link_or_copy(path: str | Path, other: str | Path) -> None:
+    """Give a file a second name, which must be new: a hard link, which takes no space, or a copy
+    where the file system has none."""
+    try:
+        os.link(path, other)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def _umask() -> int:

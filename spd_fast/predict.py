@@ -17,6 +17,7 @@ from spd_fast.patchcore import PatchCore
 from spd_fast.preprocess import displayed_image, prepare_image
 from spd_fast.sheet import example_sheet
 from spd_fast.threads import in_threads
+from spd_fast.twoclass import Classifier, TwoClass, UNet
 
 
 def predict(
@@ -32,7 +33,7 @@ def predict(
     All heat maps share one colour scale, so that they can be compared with each other.
 
     Args:
-        model_path: a file that `PaDiM.save` or `PatchCore.save` wrote.
+        model_path: a file that `save` of a detector wrote.
         images: files, or directories whose images are all taken.
         out: output directory.
 
@@ -89,15 +90,16 @@ def predict(
     return out / "scores.csv"
 
 
-def load_detector(path: str | Path, device: str = "auto") -> PaDiM | PatchCore:
+def load_detector(path: str | Path, device: str = "auto") -> PaDiM | PatchCore | TwoClass:
     """The saved detector in `path`, whichever it is.
 
     Raises:
-        InputError: the file is missing, or holds neither.
+        InputError: the file is missing, or holds none.
     """
-    state = read_state(path, "a saved PaDiM or PatchCore", mmap=True)
-    is_patchcore = isinstance(state, dict) and state.get("format") == PATCHCORE
-    return (PatchCore if is_patchcore else PaDiM).load(path, pick_device(device))
+    state = read_state(path, "a saved detector", mmap=True)
+    kinds = {PATCHCORE: PatchCore, Classifier.format: Classifier, UNet.format: UNet}
+    held = state.get("format") if isinstance(state, dict) else None
+    return kinds.get(held, PaDiM).load(path, pick_device(device))
 
 
 def _expand(images: Iterable[str | Path]) -> list[Path]:

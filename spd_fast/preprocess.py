@@ -19,7 +19,7 @@ class Preset:
     shorter_side: int | None  # resize to this with the aspect kept, then cut the centre out ...
     size: int  # ... of this side; without `shorter_side`, resize to this square
     resampling: Image.Resampling | None  # of 8-bit pixels; None: float pixels, antialiased bilinear
-    border: str  # of the Gaussian on the map, see `reference.gaussian_matrix`
+    border: str | None  # of the Gaussian on the map, see `reference.gaussian_matrix`; None: no such
 
 
 def find_preset(name: str, presets: dict[str, Preset]) -> Preset:
@@ -39,20 +39,30 @@ def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
     The presets "paper" resize 8-bit pixels, PaDiM's with a Lanczos filter as its first
     implementation does, PatchCore's with a bilinear one; "anomalib" resizes float pixels.
     """
-    if preset.shorter_side:
-        cut = _resize_and_cut(Image.fromarray(image), preset, preset.resampling)
-        x = torch.from_numpy(cut).permute(2, 0, 1) / 255
-    else:
-        x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255
-        x = F.resize(x, [preset.size, preset.size], antialias=True)
+    return normalised(resized_image(image, preset))
+
+
+def resized_image(image: np.ndarray, preset: Preset) -> np.ndarray:
+    """(H, W, 3) uint8 -> (size, size, 3): uint8 where the preset resizes 8-bit pixels, else float32
+    in [0, 1]."""
+    if preset.resampling is not None:
+        return _resized_picture(Image.fromarray(image), preset, preset.resampling)
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255
+    return F.resize(x, [preset.size, preset.size], antialias=True).permute(1, 2, 0).numpy()
+
+
+def normalised(pixels: np.ndarray) -> Tensor:
+    """What `resized_image` made -> (3, size, size) float32, ImageNet-normalised."""
+    x = torch.from_numpy(pixels).permute(2, 0, 1)
+    x = x / 255 if pixels.dtype == np.uint8 else x
     return F.normalize(x, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def prepare_mask(mask: np.ndarray, preset: Preset) -> np.ndarray:
     """(H, W) bool -> (size, size) bool, by nearest neighbour."""
-    if preset.shorter_side:
+    if preset.resampling is not None:
         picture = Image.fromarray(mask.astype(np.uint8))
-        return _resize_and_cut(picture, preset, Image.Resampling.NEAREST).astype(bool)
+        return _resized_picture(picture, preset, Image.Resampling.NEAREST).astype(bool)
     x = torch.from_numpy(mask.astype(np.uint8))[None]
     size = [preset.size, preset.size]
     return F.resize(x, size, F.InterpolationMode.NEAREST)[0].numpy().astype(bool)
@@ -65,17 +75,19 @@ def displayed_image(prepared: Tensor) -> np.ndarray:
     return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
-def _resize_and_cut(picture: Image.Image, preset: Preset, how: Image.Resampling) -> np.ndarray:
-    """The shorter side resized as the preset says (the longer rounds down), the centre cut out.
+def _resized_picture(picture: Image.Image, preset: Preset, how: Image.Resampling) -> np.ndarray:
+    """To a square, or the shorter side as the preset says (the longer rounds down) and the centre
+    cut out.
 
     Only the part that remains is resized: a strip of 1 x 20,000 would become 256 x 5 million.
     """
     side = preset.size
     box = []
     for length in picture.size:  # width, height
-        resized = int(preset.shorter_side * length / min(picture.size))
+        resized = side
+        if preset.shorter_side:
+            resized = int(preset.shorter_side * length / min(picture.size))
         start, scale = round((resized - side) / 2), length / resized
         box.append((start * scale, (start + side) * scale))
     (left, right), (top, bottom) = box
-    cut = picture.resize((side, side), how, box=(left, top, right, bottom))
-    return np.array(cut)
+    return np.array(picture.resize((side, side), how, box=(left, top, right, bottom)))

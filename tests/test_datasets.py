@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trees import outline, reorganise, touch, write_csv, write_mvtec, write_splits, write_visa
 
-from spd_fast.datasets import PROTOCOLS, Sample, check, read_dataset
+from spd_fast.datasets import PROTOCOLS, Category, Sample, check, draw_shots, read_dataset
 from spd_fast.datasets.visa import (
     PAPER_NAMES,
     TABLE_1,
@@ -318,3 +318,36 @@ def test_reorganised_visa_has_only_the_protocols_that_were_prepared(tmp_path):
     (save / "2cls_fewshot").rename(tmp_path / "other")
     with pytest.raises(InputError, match="1cls: category candle has anomalous train images"):
         read_dataset(tmp_path / "other", "1cls")
+
+
+def test_draws_of_a_few_images(tmp_path):
+    root = write_splits(
+        write_visa(tmp_path / "visa", normal=40, anomalous=40), normal=40, anomalous=40
+    )
+    category = read_dataset(root, "2cls_fewshot")[0]
+    assert Counter(sample.label for sample in category.train) == {0: 8, 1: 8}
+    draws = [draw_shots(category, 5, run) for run in range(5)]
+    for draw in draws:
+        assert draw.test == category.test and draw.name == category.name
+        assert Counter(sample.label for sample in draw.train) == {0: 5, 1: 5}
+        assert set(draw.train) <= set(category.train)
+        assert not set(draw.train) & set(draw.test)
+    assert len({tuple(draw.train) for draw in draws}) == 5
+    assert draw_shots(category, 5, 1) == draws[1]
+    assert draw_shots(category, 5, 1, seed=1) != draws[1]
+    # the other layout has the same images under other paths
+    reorganise(root, tmp_path / "other", "2cls_fewshot")
+    other = draw_shots(read_dataset(tmp_path / "other", "2cls_fewshot")[0], 5, 1)
+    names = [[(s.label, s.image.name) for s in draw.train] for draw in (other, draws[1])]
+    assert sorted(names[0]) == sorted(names[1])
+    with pytest.raises(InputError, match="has 8 normal training images, too few to draw 10"):
+        draw_shots(category, 10, 0)
+
+
+def test_every_image_is_drawn_about_equally_often(tmp_path):
+    train = [Sample(Path(f"{i:03d}.JPG"), i % 2, None) for i in range(40)]
+    counts = Counter()
+    for run in range(400):
+        counts.update(s.image for s in draw_shots(Category("pcb1", train, []), 5, run).train)
+    # 400 draws of 5 out of 20: 100 each, with a standard deviation of 8.7
+    assert len(counts) == 40 and min(counts.values()) > 60 and max(counts.values()) < 140

@@ -193,7 +193,13 @@ def test_a_mask_of_another_size_is_named(tmp_path):
         (dict(preset="mine"), "preset is one of"),
         (dict(device="tpu9"), "device"),
         (dict(out="/proc/spd-fast"), "/proc/spd-fast: "),
-        (dict(protocol="2cls_highshot"), "protocol 1cls"),
+        (dict(protocol="2cls_highshot"), "padim learns normal images only: protocol 1cls, got"),
+        (
+            dict(method="unet"),
+            "unet learns normal and anomalous .* 2cls_highshot or 5shot or 10shot",
+        ),
+        (dict(lr=0.0), "lr must be above 0"),
+        (dict(epochs=1, iterations=1), "epochs or iterations, not both"),
         (dict(compat="mine"), "compat is 'spot-diff' or not given, got 'mine'"),
         (dict(batch_size=0), "batch_size must be at least 1"),
     ],
@@ -266,3 +272,60 @@ def test_in_threads_keeps_the_order_and_reads_ahead_only_a_little():
     results.close()
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda i: 1 // i, [1, 0, 2], workers=2))
+
+
+def test_a_category_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    root = small_visa(tmp_path / "visa", ("board", "nut"))
+    bad = root / "board/Data/Images/Normal/002.JPG"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:500])
+    run = evaluate(config(root, tmp_path / "out"))
+    assert [found["name"] for found in run["categories"]] == ["nut"]
+    assert list(run["failed"]) == ["board"] and "002.JPG" in run["failed"]["board"]
+    assert "board failed: cannot read image" in capsys.readouterr().out
+    assert "002.JPG" in (tmp_path / "out" / "report.html").read_text()
+    arguments = ["evaluate", "--data", str(root), "--weights", "random", "--n-features", "20"]
+    assert main([*arguments, "--out", str(tmp_path / "other")]) == 1
+    bad.write_bytes(whole)
+    run = evaluate(config(root, tmp_path / "out"))
+    assert [found["name"] for found in run["categories"]] == ["board", "nut"] and not run["failed"]
+
+
+def test_processes_share_the_categories(visa, tmp_path):
+    one = evaluate(config(visa, tmp_path / "one"))
+    arguments = ["--data", str(visa), "--weights", "random", "--n-features", "20"]
+    arguments += ["--batch-size", "4", "--out", str(tmp_path / "two")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command += ["--nproc-per-node=2", sys.executable, "-m", "spd_fast.cli", "evaluate"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report:") == 1
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    for a, b in zip(one["categories"], two["categories"], strict=True):
+        for level, name in (("image", "au_roc"), ("image", "au_pr"), ("pixel", "au_pr")):
+            assert b[level][name] == pytest.approx(a[level][name], rel=1e-3)
+
+
+def test_intervals_and_replicates(visa, tmp_path):
+    run = evaluate(config(visa, tmp_path, category=("board",)))
+    (board,) = run["categories"]
+    stored = np.load(tmp_path / "categories/board/replicates.npz")
+    for level in ("image", "pixel"):
+        for name, (low, high) in board["intervals"][level].items():
+            assert 0 <= low <= board[level][name] + 0.02 and high <= 1 and low < high + 1e-12
+            assert stored[f"{level}_{name}"].shape == (1000,)
+    other = evaluate(config(visa, tmp_path / "other", category=("board",), seed=3))
+    assert other["categories"][0]["test_set"] == board["test_set"]
+
+
+def test_resized_images_are_kept_for_other_runs(visa, tmp_path, monkeypatch):
+    cached = dict(cache=str(tmp_path / "cache"), category=("board",))
+    plain = evaluate(config(visa, tmp_path / "plain", category=("board",)))
+    first = evaluate(config(visa, tmp_path / "first", **cached))
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 13
+    again = evaluate(config(visa, tmp_path / "again", **cached))
+    for run in (first, again):
+        for name in ("image", "pixel", "curves"):
+            assert run["categories"][0][name] == plain["categories"][0][name]
+    with pytest.raises(InputError, match="lies in the data set"):
+        evaluate(config(visa, tmp_path / "x", cache=str(visa / "cache")))

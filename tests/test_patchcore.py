@@ -326,4 +326,4 @@ def test_evaluate_and_predict(tmp_path, capsys):
     capsys.readouterr()
     arguments = ["predict", "--model", str(tmp_path / "text.pt"), str(images / "Normal")]
     assert main([*arguments, "--out", str(tmp_path / "heat")]) == 2
-    assert "text.pt is not a saved PaDiM or PatchCore" in capsys.readouterr().err
+    assert "text.pt is not a saved detector" in capsys.readouterr().err

@@ -1,7 +1,9 @@
 """Inspection data sets (VisA, MVTec-AD) as lists of samples, and folders of images."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from spd_fast.errors import InputError
@@ -72,6 +74,32 @@ def read_dataset(
     for category in dataset:
         _check_labels(category, protocol)
     return dataset
+
+
+def draw_shots(category: Category, k: int, run: int, seed: int = 0) -> Category:
+    """The category with k normal and k anomalous training images (paper section 4.2).
+
+    The paper's own draws were never published. These are a pure function of the seed, the names of
+    category and images, k and `run`, the number of the draw: the same in every layout.
+
+    Raises:
+        InputError: there are fewer than k training images of a kind.
+    """
+    train = []
+    for label, kind in enumerate(KINDS):
+        images = [sample for sample in category.train if sample.label == label]
+        if len(images) < k:
+            raise InputError(
+                f"category {category.name} has {len(images)} {kind} training images, too few to "
+                f"draw {k}"
+            )
+
+        def order(sample: Sample, label=label) -> bytes:
+            key = f"{seed}/{category.name}/{k}/{run}/{label}/{sample.image.stem}"
+            return sha256(os.fsencode(key)).digest()
+
+        train += sorted(sorted(images, key=order)[:k], key=lambda sample: sample.image)
+    return Category(category.name, train, category.test)
 
 
 def select_categories(known: Iterable[str], wanted: Iterable[str] | None, root: Path) -> list[str]:
