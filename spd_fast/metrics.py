@@ -117,7 +117,7 @@ def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None 
             second pass that meets other masks than the first.
     """
     check_compat(compat)
-    found = _find_positives(maps, masks, progress, regions=True)
+    found = find_positives(maps, masks, progress, regions=True)
     thresholds = found.score[:0] if compat is None else _spot_diff_thresholds(found)
     counts, fp = _count(maps, masks, found, thresholds, progress)
     exact = asdict(_metrics(counts))
@@ -207,7 +207,7 @@ def _raise_not_finite(scores) -> None:
 # The two passes
 
 
-def _find_positives(
+def find_positives(
     scores, labels, progress: bool | None = None, regions: bool = False
 ) -> _Positives:
     """The first pass. regions: the items are maps, and their pixels are weighed by region."""
@@ -253,7 +253,7 @@ def _find_positives(
 
 
 def _count_all(scores, labels, progress: bool | None = None) -> _Counts:
-    found = _find_positives(scores, labels, progress)
+    found = find_positives(scores, labels, progress)
     return _count(scores, labels, found, found.score[:0], progress)[0]
 
 
