@@ -1,11 +1,13 @@
-"""Pictures to look at: the views of an image, and a scored image with its heat map."""
+"""Pictures to look at: the views of an image, a scored image with its heat map, many pictures."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
@@ -142,45 +144,66 @@ def example_sheet(
     Raises:
         InputError: a shape or a type is not as above, or the map is not finite.
     """
-    _check_sheet(image, score_map, mask)
-    factor = side / max(image.shape[:2])
-    height, width = (max(1, round(n * factor)) for n in image.shape[:2])
-    size = (width, height)
-    photo = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
-    scores = _resize_plane(score_map, size, Image.Resampling.BILINEAR)
+    check_panel(image, score_map, mask)
+    photo = resize_photo(image, side)
     lo, hi = scale or (float(score_map.min()), float(score_map.max()))
-    level = np.clip((scores - lo) / max(hi - lo, 1e-12), 0, 1)
-    colours = matplotlib.colormaps[HEAT](level, bytes=True)[..., :3]
-    heat = np.asarray(
-        Image.blend(photo.convert("L").convert("RGB"), Image.fromarray(colours), 0.55)
-    )
+    heat = heat_overlay(photo, score_map, lo, hi)
     panels = [np.asarray(photo)]
     if threshold is not None:
-        heat = _outline(heat, scores >= threshold, FOUND_COLOUR)
+        scores = _resize_plane(score_map, photo.size, Image.Resampling.BILINEAR)
+        heat = outline(heat, scores >= threshold, FOUND_COLOUR)
     if mask is not None:
-        covered = _resize_plane(mask, size, Image.Resampling.BOX) > 0
-        panels.append(_outline(panels[0], covered, TRUTH_COLOUR))
-        heat = _outline(heat, covered, TRUTH_COLOUR)
-    panels += [heat, _colour_bar(height, lo, hi, threshold)]
-    gap = np.full((height, GAP, 3), 255, dtype=np.uint8)
+        covered = covered_pixels(photo, mask)
+        panels.append(outline(panels[0], covered, TRUTH_COLOUR))
+        heat = outline(heat, covered, TRUTH_COLOUR)
+    panels += [heat, _colour_bar(photo.height, lo, hi, threshold)]
+    gap = np.full((photo.height, GAP, 3), 255, dtype=np.uint8)
     return Image.fromarray(np.hstack([part for panel in panels for part in (panel, gap)][:-1]))
 
 
-def _check_sheet(image: np.ndarray, score_map: np.ndarray, mask: np.ndarray | None) -> None:
+def check_panel(
+    image: np.ndarray, score_map: np.ndarray | None = None, mask: np.ndarray | None = None
+) -> None:
+    """Refuse what `example_sheet` cannot draw.
+
+    Raises:
+        InputError: a shape or a type is not as there, or the map is not finite.
+    """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise InputError(f"image is {image.shape} {image.dtype}, expected (H, W, 3) uint8")
     for name, plane in (("score map", score_map), ("mask", mask)):
         if plane is not None and plane.ndim != 2:
             raise InputError(f"{name} has shape {plane.shape}, expected (H, W)")
-    if not np.isfinite(score_map).all():
+    if score_map is not None and not np.isfinite(score_map).all():
         raise InputError("the score map holds NaN or infinite values, expected finite scores")
+
+
+def resize_photo(image: np.ndarray, side: int) -> Image.Image:
+    """The image with a longer side of `side` pixels."""
+    factor = side / max(image.shape[:2])
+    height, width = (max(1, round(n * factor)) for n in image.shape[:2])
+    return Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def covered_pixels(photo: Image.Image, mask: np.ndarray) -> np.ndarray:
+    """Pixels of the photo that the mask, of any size, covers at least in part."""
+    return _resize_plane(mask, photo.size, Image.Resampling.BOX) > 0
+
+
+def heat_overlay(photo: Image.Image, score_map: np.ndarray, lo: float, hi: float) -> np.ndarray:
+    """The photo in grey under the map in heat colours, from `lo` to `hi`."""
+    scores = _resize_plane(score_map, photo.size, Image.Resampling.BILINEAR)
+    level = np.clip((scores - lo) / max(hi - lo, 1e-12), 0, 1)
+    colours = matplotlib.colormaps[HEAT](level, bytes=True)[..., :3]
+    grey = photo.convert("L").convert("RGB")
+    return np.asarray(Image.blend(grey, Image.fromarray(colours), 0.55))
 
 
 def _resize_plane(plane: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
     return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size, how))
 
 
-def _outline(picture: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+def outline(picture: np.ndarray, region: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """A line just outside the region, between two dark ones, so that any background shows it."""
     square = np.ones((3, 3), dtype=bool)
     line = ndimage.binary_dilation(region, square) & ~region
@@ -207,3 +230,41 @@ def _colour_bar(height: int, lo: float, hi: float, threshold: float | None) -> n
         if 20 < y < height - 20:
             draw.text((bar + 5, y), f"{threshold:.3g}", "black", font, anchor="lm")
     return np.asarray(canvas)
+
+
+# --------------------------------------------------------------------------------- many pictures
+
+DPI = 150
+LINE = 32  # pixels, height of a line of text
+
+
+def grid(rows: list[tuple[str, Sequence]], side: int, titles: Sequence[str] = ()) -> Figure:
+    """A figure of pictures in rows and columns, at DPI one pixel for each of theirs.
+
+    Args:
+        rows: (title, pictures) of each: RGB, or one plane from 0, black, to 1.
+        side: the longest side of any picture.
+        titles: of the columns, or none.
+    """
+    rows = [(name, [np.asarray(picture) for picture in pictures]) for name, pictures in rows]
+    tall = max(picture.shape[0] for _, pictures in rows for picture in pictures)
+    lines = [textwrap.wrap(name, max(tall // 15, 8)) for name, _ in rows]  # 15 pixels a letter
+    left, top = MARGIN + LINE * max(map(len, lines)), MARGIN + LINE * bool(titles)
+    width = left + len(rows[0][1]) * (side + MARGIN) + MARGIN
+    height = top + len(rows) * (tall + MARGIN) + MARGIN
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    style = {"fontsize": 12, "ha": "center", "va": "center"}
+    for r, (_, pictures) in enumerate(rows):
+        middle = height - top - r * (tall + MARGIN) - tall / 2
+        title = "\n".join(lines[r])
+        figure.text(left / 2 / width, middle / height, title, rotation="vertical", **style)
+        for c, picture in enumerate(pictures):
+            h, w = picture.shape[:2]
+            x, y = left + c * (side + MARGIN) + (side - w) // 2, round(middle - h / 2)
+            axes = figure.add_axes((x / width, y / height, w / width, h / height))
+            axes.imshow(picture, "gray", aspect="auto", interpolation="none", vmin=0, vmax=1)
+            axes.set_axis_off()
+    for c, name in enumerate(titles):
+        x = left + c * (side + MARGIN) + side / 2
+        figure.text(x / width, 1 - (MARGIN + LINE) / 2 / height, name, **style)
+    return figure
