@@ -10,6 +10,7 @@ from spd_fast import __version__
 from spd_fast.choices import FACTOR_DTYPES, METHODS, ONE_CLASS, TWO_CLASS
 from spd_fast.cli_arguments import command, given_by, positive, seed
 from spd_fast.cli_training import add_training_commands
+from spd_fast.datasets import PROTOCOLS
 from spd_fast.errors import InputError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -113,6 +114,22 @@ def _add_data(commands) -> None:
     )
     check = command(data, "check", _data_check, "compare a VisA tree with the paper's table 1")
     check.add_argument("root", help="directory that holds the objects")
+    prepare = command(
+        data, "prepare", _data_prepare, "write VisA's reorganised layout, as its own script does"
+    )
+    prepare.add_argument("data", metavar="VISA", help="directory that holds the objects")
+    prepare.add_argument("--out", required=True, help="directory to write in; a later call goes on")
+    prepare.add_argument(
+        "--protocol", nargs="+", default=PROTOCOLS, choices=PROTOCOLS, help="splits to write"
+    )
+    prepare.add_argument(
+        "--link",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="hard-link images where possible: they take no space, but share their bytes with the "
+        "data set, so who changes one changes both; --no-link copies them",
+    )
+    prepare.add_argument("--workers", type=positive, default=4, help="threads that read and write")
     synth = command(
         data, "synth", _data_synth, "write a small synthetic data set in the official VisA layout"
     )
@@ -134,6 +151,18 @@ def _data_check(options) -> int:
     reports = check_visa(options.root)
     print(format_check(reports))
     return 0 if all(report.ok for report in reports) else 1
+
+
+def _data_prepare(options) -> None:
+    from spd_fast.datasets.prepare import prepare_visa
+
+    done = prepare_visa(options.data, options.out, options.protocol, options.link, options.workers)
+    if done["drawn"]:
+        print(f"{options.data} has no split_csv: the splits were drawn, unlike the published ones")
+    print(
+        f"written: {options.out}, {done['written']} categories, and {done['kept']} were there "
+        f"already; {done['images']} images, {done['masks']} masks"
+    )
 
 
 def _data_synth(options) -> None:

@@ -33,8 +33,8 @@ from spd_fast.threads import in_threads
 from spd_fast.twoclass import Classifier, Training, TwoClass
 
 RESULT, REPLICATES = "result.json", "replicates.npz"
-# The first anomalous test image: "image" (h, w, 3) uint8, "mask" (h, w) bool and "map" (h, w), so
-# that the maps of several detectors can be drawn side by side.
+# The first anomalous test image: "image" (h, w, 3) uint8, "mask" (h, w) bool and "map" (h, w), and
+# the category's colour "scale", so that maps of several detectors can be drawn side by side.
 SHOWN = "shown.npz"
 DRAWS = 5  # of a k-shot protocol (paper section 4.2)
 SHOTS = {"5shot": 5, "10shot": 10}
@@ -72,6 +72,10 @@ class Scored:
     @property
     def labels(self) -> np.ndarray:
         return np.array([sample.label for sample in self.samples])
+
+    def colour_scale(self) -> tuple[float, float]:
+        """Scores of the darkest and the brightest colour of its heat maps."""
+        return float(np.quantile(self.maps, 0.01)), float(self.maps.max())
 
 
 def evaluate_category(
@@ -306,7 +310,13 @@ def _curves(scored: Scored, segments: bool) -> dict[str, list[list[float]]]:
 def _write_shown(scored: Scored, preset: Preset, path: Path) -> None:
     first = int(np.argmax(scored.labels))
     picture = _picture(scored.samples[first], preset)
-    np.savez(path, image=picture, mask=scored.masks[first], map=scored.maps[first])
+    np.savez(
+        path,
+        image=picture,
+        mask=scored.masks[first],
+        map=scored.maps[first],
+        scale=scored.colour_scale(),
+    )
 
 
 def _picture(sample: Sample, preset: Preset) -> np.ndarray:
@@ -328,7 +338,7 @@ def _write_examples(
         *(("best: anomaly with a high score", i) for i in anomalous[::-1][:each]),
         *(("best: normal image with a low score", i) for i in normal[:1]),
     ]
-    scale = (float(np.quantile(scored.maps, 0.01)), float(scored.maps.max()))
+    scale = scored.colour_scale()
     examples, drawn = [], set()
     for number, (title, i) in enumerate(chosen):
         if i in drawn:  # a category of few test images
