@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(commands)
     add_training_commands(commands)
     _add_evaluate(commands)
+    _add_reproduce(commands)
     _add_predict(commands)
     _add_export(commands)
     _add_report(commands)
@@ -203,6 +204,14 @@ def _add_evaluate(commands) -> None:
         help="imagenet, random, or a checkpoint file; {category} in its name stands for each "
         "category's",
     )
+    add("--name", help="label of the run in reports")
+    _add_evaluation_settings(parser)
+    add("--out", required=True, help="output directory")
+
+
+def _add_evaluation_settings(parser) -> None:
+    """What evaluate and reproduce have in common."""
+    add = parser.add_argument
     add("--category", nargs="+", default=(), help="only these")
     add("--preset", default="paper", choices=("paper", "anomalib"), help="image preparation")
     add("--n-features", type=positive, help="PaDiM: channels kept; default as in its paper")
@@ -239,7 +248,6 @@ def _add_evaluate(commands) -> None:
         choices=("spot-diff",),
         help="pixel AU-ROC and AU-PR as VisA's published script computes them, not exact",
     )
-    add("--name", help="label of the run in reports")
     add("--batch-size", type=positive, default=16)
     add("--workers", type=positive, default=4, help="threads that read images")
     add("--cache", help="directory that keeps resized images for the next run")
@@ -248,7 +256,6 @@ def _add_evaluate(commands) -> None:
     add("--skip-bad-images", action="store_true", help="leave unreadable images out, and list them")
     add("--compile", action="store_true", help="torch.compile the network; takes minutes at first")
     add("--save-models", action="store_true", help="write OUT/categories/NAME/METHOD.pt")
-    add("--out", required=True, help="output directory")
 
 
 def _evaluate(options) -> int:
@@ -256,6 +263,63 @@ def _evaluate(options) -> int:
 
     run = evaluate(EvaluateConfig(**given_by(options) | {"category": tuple(options.category)}))
     return 1 if run["failed"] else 0
+
+
+def _add_reproduce(commands) -> None:
+    parser = command(
+        commands, "reproduce", _reproduce, "the paper's tables and figures beside what is measured"
+    )
+    add = parser.add_argument
+    add(
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="table2 to table14, figure7, figure8, figure11, figure12, curves; table2 brings all "
+        "figures but 11 with it",
+    )
+    add("--visa", help="root of VisA, in either layout")
+    add("--mvtec", help="root of MVTec-AD")
+    add(
+        "--weights",
+        required=True,
+        help="NAME=SOURCE,...: a name of the paper's rows, such as simsiam, simsiam+spd "
+        "or supervised, and what evaluate takes as --weights",
+    )
+    add("--backbone", help="a torchvision ResNet in place of the paper's")
+    _add_evaluation_settings(parser)
+    add("--out", required=True, help="output directory; an interrupted run goes on there")
+
+
+def _reproduce(options) -> int:
+    from spd_fast.evaluate import EvaluateConfig
+    from spd_fast.reproduce import ReproduceConfig, reproduce
+
+    given = given_by(options) | {"category": tuple(options.category)}
+    own = {name: given.pop(name) for name in ("targets", "out", "backbone")}
+    data = {name: given.pop(name) for name in ("visa", "mvtec")}
+    weights = _named_weights(given.pop("weights"))
+    settings = EvaluateConfig(data="", out=options.out, **given)
+    failed = reproduce(
+        ReproduceConfig(
+            **own | {"targets": tuple(options.targets)},
+            weights=weights,
+            data={name: root for name, root in data.items() if root},
+            settings=settings,
+        )
+    )
+    return 1 if failed else 0
+
+
+def _named_weights(text: str) -> dict[str, str]:
+    weights = {}
+    for part in text.split(","):
+        name, equals, source = part.partition("=")
+        if not (name and equals and source):
+            raise InputError(f"--weights takes NAME=SOURCE,..., got {part!r}")
+        if name in weights:
+            raise InputError(f"--weights names {name} twice")
+        weights[name] = source
+    return weights
 
 
 def _add_predict(commands) -> None:

@@ -92,7 +92,7 @@ def evaluate(config: EvaluateConfig) -> dict:
             looked for before the first is evaluated), `config.out` cannot be written or holds the
             results of another method or protocol, or every category fails.
     """
-    _check(config)
+    check(config)
     with process_group(pick_device(config.device), PATIENCE) as device:
         return _evaluate(config, device)
 
@@ -157,7 +157,12 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _check(config: EvaluateConfig) -> None:
+def check(config: EvaluateConfig) -> None:
+    """Refuse wrong settings.
+
+    Raises:
+        InputError: the message names the setting, what it is and what was expected.
+    """
     if config.method not in METHODS:
         raise InputError(f"method is one of {', '.join(METHODS)}; got {config.method!r}")
     protocols = METHODS[config.method]

@@ -33,7 +33,7 @@ from spd_fast.threads import in_threads
 from spd_fast.twoclass import Classifier, Training, TwoClass
 
 RESULT, REPLICATES = "result.json", "replicates.npz"
-# The first anomalous test image: "image" (h, w, 3) uint8, "mask" (h, w) bool and "map" (h, w), and
+# The first test image with a defect: "image" (h, w, 3) uint8, "mask" (h, w) bool, "map" (h, w) and
 # the category's colour "scale", so that maps of several detectors can be drawn side by side.
 SHOWN = "shown.npz"
 DRAWS = 5  # of a k-shot protocol (paper section 4.2)
@@ -308,7 +308,8 @@ def _curves(scored: Scored, segments: bool) -> dict[str, list[list[float]]]:
 
 
 def _write_shown(scored: Scored, preset: Preset, path: Path) -> None:
-    first = int(np.argmax(scored.labels))
+    seen = scored.masks.any((1, 2))  # not where the defect lies outside the centre that was cut out
+    first = int(np.argmax(seen if seen.any() else scored.labels))
     picture = _picture(scored.samples[first], preset)
     np.savez(
         path,

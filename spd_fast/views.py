@@ -295,3 +295,14 @@ def _between(bounds, u: np.ndarray) -> np.ndarray:
 
 def _log_between(bounds, u: np.ndarray) -> np.ndarray:
     return np.exp(_between((np.log(bounds[0]), np.log(bounds[1])), u))
+
+
+def resize_params(height: int, width: int) -> torch.Tensor:
+    """(1, 1, 27): one view that is the whole image, resized and nothing else."""
+    row = torch.zeros(1, 1, len(COLUMNS))
+    values = {"source": FROM_IMAGE, "crop_height": height, "crop_width": width}
+    factors = ("brightness", "contrast", "saturation")
+    values |= {f"{prefix}{name}": 1 for prefix in ("", "patch_") for name in factors}
+    for name, value in values.items():
+        row[0, 0, COLUMN[name]] = value
+    return row

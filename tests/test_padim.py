@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import mahalanobis
 from skimage import data as photographs
+from torchvision.transforms.v2.functional import normalize
 
 from spd_fast import InputError, PaDiM, reference
 from spd_fast.detector import feature_network
 from spd_fast.models import FeatureLayers, load_backbone
+from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD
 from spd_fast.ops.backends import native
 from spd_fast.ops.factor import converted
 from spd_fast.padim import PRESETS
@@ -372,6 +374,7 @@ def test_anomalib_preset_is_a_square():
     tensor = torch.from_numpy(photo).permute(2, 0, 1).float()[None] / 255
     expected = F.interpolate(tensor, (256, 256), mode="bilinear", antialias=True)[0]
     assert np.abs(displayed_image(prepared) - (expected * 255).permute(1, 2, 0).numpy()).max() < 0.6
+    torch.testing.assert_close(prepared, normalize(expected, IMAGENET_MEAN, IMAGENET_STD))
     mask = prepare_mask(photo[..., 0] > 128, PRESETS["anomalib"])
     assert mask.shape == (256, 256) and mask.dtype == bool and 0 < mask.mean() < 1
 

@@ -1,0 +1,214 @@
+"""The paper's figures from our runs, as PNG and PDF."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spd_fast import figures, paper
+from spd_fast.attention import attention_maps, pooled_features
+from spd_fast.datasets import Sample, read_dataset
+from spd_fast.datasets.cache import read_resized
+from spd_fast.errors import InputError
+from spd_fast.evaluate import CATEGORIES
+from spd_fast.evaluate_category import SHOWN
+from spd_fast.models import load_backbone, pick_device
+from spd_fast.padim import PRESETS
+from spd_fast.preprocess import displayed_image, normalised
+from spd_fast.report import METRICS
+from spd_fast.reproduce_table import Job, compare
+from spd_fast.threads import in_threads
+
+TITLES = {"visa": "VisA", "mvtec": "MVTec-AD"}
+PADIM = ("1cls", "padim")
+BATCH = 16  # images whose features are computed together
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that was written, as NAME.png and NAME.pdf."""
+
+    name: str
+    title: str
+    alt: str  # what it shows, for those who cannot see it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that can be asked for: the tables whose runs it needs, and how it is drawn: from the
+    settings, the runs and the directory."""
+
+    tables: tuple[str, ...]
+    draw: Callable
+
+
+def write_figures(config, runs: dict[Job, dict], directory: Path) -> list[Drawn]:
+    """Draw the figures among `config.targets`, and those that cost nothing beside their table."""
+    targets = [name for name in FIGURES if name in config.targets]
+    if "table2" in config.targets:
+        targets = list(dict.fromkeys(["figure7", "figure8", "figure12", *targets]))
+    drawn = []
+    for name in targets:
+        for figure, result in FIGURES[name].draw(config, runs):
+            figures.save_figure(figure, directory / result.name)
+            drawn.append(result)
+    return drawn
+
+
+def _scatter(metric: str, name: str, config, runs: dict[Job, dict]) -> Iterator:
+    """Figures 7 and 8: means of classification against those of segmentation."""
+    points: dict[str, dict] = {}
+    for row in compare(paper.table("table2"), runs):
+        for cell in row.cells:
+            q = cell.quantity
+            if q.metric != metric:
+                continue
+            level = {"image": "classification", "pixel": "segmentation"}[q.level]
+            for source, value in (("paper", cell.paper), ("ours", cell.ours and cell.ours.value)):
+                if value is not None:
+                    key = (TITLES[q.dataset], q.weights, source)
+                    points.setdefault(key, {"name": q.weights, "source": source})[level] = value
+    by_dataset: dict[str, list[dict]] = {}
+    for (dataset, _, _), point in points.items():
+        by_dataset.setdefault(dataset, []).append(point)
+    title = f"Pre-trainings by {METRICS[metric]}, PaDiM, 1-class"
+    figure = figures.scatter(by_dataset, METRICS[metric], title)
+    alt = f"Classification against segmentation, {METRICS[metric]}: the paper's values and ours"
+    yield figure, Drawn(name, f"{title} (figure {name[-1]})", alt)
+
+
+def _curves(config, runs: dict[Job, dict]) -> Iterator:
+    """ROC and precision-recall curves of every evaluation and category, a line for each weights."""
+    for place in dict.fromkeys(job.name for job in runs):
+        together = {job.weights: run for job, run in runs.items() if job.name == place}
+        lines: dict[tuple, list] = {}
+        for weights, run in together.items():
+            for category in run["categories"]:
+                for kind, (x, y) in category["curves"].items():
+                    level, curve = kind.split("_")
+                    area = 100 * category[level][{"roc": "au_roc", "pr": "au_pr"}[curve]]
+                    key = (category["name"], category["title"], kind)
+                    lines.setdefault(key, []).append((weights, x, y, area))
+        for (name, title, kind), its in lines.items():
+            full = f"{title}, {place.replace('_', ' ')}"
+            drawn = Drawn(f"{kind}_{place}_{name}", full, f"{kind.replace('_', ' ')} of {full}")
+            yield figures.curves(kind, its, title=full), drawn
+
+
+def _segmentations(config, runs: dict[Job, dict]) -> Iterator:
+    """Figure 12: the heat maps of the first test image with a defect of every category."""
+    for dataset in TITLES:
+        own = {j.weights: r for j, r in runs.items() if (j.dataset, j[2:]) == (dataset, PADIM)}
+        shown: dict[str, dict] = {}  # title of a category -> weights -> what is stored
+        for weights, run in own.items():
+            for category in run["categories"]:
+                path = Path(run["dir"]) / CATEGORIES / category["name"] / SHOWN
+                shown.setdefault(category["title"], {})[weights] = np.load(path)
+        shown = {title: its for title, its in shown.items() if len(its) == len(own)}
+        if not shown:
+            continue
+        firsts = [next(iter(its.values())) for its in shown.values()]
+        figure = figures.segmentation_sheet(
+            [first["image"] for first in firsts],
+            [first["mask"] for first in firsts],
+            {weights: [its[weights]["map"] for its in shown.values()] for weights in own},
+            list(shown),
+            {(w, title): tuple(its[w]["scale"]) for title, its in shown.items() for w in own},
+        )
+        title = f"Segmentations on {TITLES[dataset]} (figure 12)"
+        alt = f"Heat maps of PaDiM with {', '.join(own)} under an anomalous image of each category"
+        yield figure, Drawn(f"figure12_{dataset}", title, alt)
+
+
+def _attention(config, runs: dict[Job, dict]) -> Iterator:
+    """Figure 11: what in the first test image with a defect of a category differs from its nearest
+    normal training image, by weights."""
+    device = pick_device(config.settings.device)
+    own = {job.weights: run for job, run in runs.items() if job[1:] == ("visa", *PADIM)}
+    names = config.settings.category or None
+    dataset = read_dataset(config.data["visa"], "1cls", names) if own else []
+    backbones = {
+        weights: load_backbone(
+            config.backbone or paper.BACKBONES[weights],
+            config.weights[weights],
+            seed=config.settings.seed,
+        ).to(device)
+        for weights in own
+        if "{category}" not in config.weights[weights]
+    }
+    if not backbones:
+        return
+    normals, images, masks, titles = [], [], [], []
+    maps: dict[str, list] = {weights: [] for weights in backbones}
+    for category in tqdm(dataset, desc="attention maps", unit="category"):
+        image, mask = _first_defect(category.test, config)
+        for number, (weights, backbone) in enumerate(backbones.items()):
+            nearest = _nearest(backbone, image, category.train, config)
+            maps[weights].append(attention_maps(backbone, image[None], nearest[None])[0].numpy())
+            if not number:
+                normals.append(displayed_image(nearest))
+        images.append(displayed_image(image))
+        masks.append(mask)
+        titles.append(category.name)
+    figure = figures.attention_sheet(normals, images, masks, maps, titles)
+    first = next(iter(backbones))
+    title = f"Attention maps by GradCAM (figure 11); above, the normal image nearest for {first}"
+    alt = f"GradCAM of an anomalous image of each category with {', '.join(backbones)}"
+    yield figure, Drawn("figure11", title, alt)
+
+
+def _first_defect(test: list[Sample], config) -> tuple[Tensor, np.ndarray]:
+    """The first with a defect in the part of the image that is seen."""
+    read = (_read(sample, config) for sample in test if sample.label)
+    first = next(read)
+    return next((it for it in itertools.chain([first], read) if it[1].any()), first)
+
+
+def _nearest(backbone, image: Tensor, train: list[Sample], config) -> Tensor:
+    """The training image whose features have the largest cosine with those of `image`."""
+    own = pooled_features(backbone, image[None])
+    best, nearest = -2.0, None
+    loaded = in_threads(lambda sample: _read(sample, config)[0], train, config.settings.workers)
+    batch: list[Tensor] = []
+    for number, other in enumerate(loaded, 1):
+        batch.append(other)
+        if len(batch) == BATCH or number == len(train):
+            cosines = torch.cosine_similarity(own, pooled_features(backbone, torch.stack(batch)))
+            place = int(cosines.argmax())
+            if float(cosines[place]) > best:
+                best, nearest = float(cosines[place]), batch[place]
+            batch = []
+    return nearest
+
+
+def _read(sample: Sample, config) -> tuple[Tensor, np.ndarray]:
+    cache = config.settings.cache
+    pixels, mask = read_resized(sample, PRESETS["paper"], Path(cache) if cache else None)
+    return normalised(pixels), mask
+
+
+def check_targets(targets: tuple[str, ...]) -> None:
+    """Refuse what is neither a table nor a figure.
+
+    Raises:
+        InputError: there is no target, or one is unknown.
+    """
+    known = (*paper.TABLES, *FIGURES)
+    for target in targets:
+        if target not in known:
+            raise InputError(f"{target!r} is none of {', '.join(known)}")
+
+
+FIGURES = {
+    "figure7": Target(("table2",), partial(_scatter, "au_pr", "figure7")),
+    "figure8": Target(("table2",), partial(_scatter, "au_roc", "figure8")),
+    "figure11": Target(("table2",), _attention),
+    "figure12": Target(("table2",), _segmentations),
+    "curves": Target((), _curves),
+}

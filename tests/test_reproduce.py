@@ -1,0 +1,236 @@
+"""The paper's tables from a small VisA, with two weights."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from trees import small_visa
+
+from spd_fast import InputError, paper
+from spd_fast.cli import main
+from spd_fast.evaluate import EvaluateConfig, evaluate
+from spd_fast.reproduce import ReproduceConfig, reproduce
+from spd_fast.reproduce_table import Job
+
+NAMES = ("pcb1", "nut")  # one of VisA's categories, and one that the paper does not have
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory) -> dict:
+    """What `reproduce` is given: a data set, and weights of a ResNet-18."""
+    root = tmp_path_factory.mktemp("given")
+    weights = {}
+    for seed, name in enumerate(("simsiam", "simsiam+spd")):
+        torch.manual_seed(seed)
+        weights[name] = str(root / f"{name}.pt")
+        torch.save(torchvision.models.resnet18().state_dict(), weights[name])
+    return {"weights": weights, "data": {"visa": str(small_visa(root / "visa", NAMES))}}
+
+
+def config(given, out, *targets, **changes) -> ReproduceConfig:
+    settings = EvaluateConfig(data="", out="", n_features=20, workers=2, batch_size=4, **changes)
+    return ReproduceConfig(targets, out=str(out), settings=settings, backbone="resnet18", **given)
+
+
+def lines(path) -> dict[tuple, dict]:
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return {tuple(row[field] for field in paper.Quantity._fields): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def done(given, tmp_path_factory):
+    """Tables 2 and 7, made once."""
+    out = tmp_path_factory.mktemp("done")
+    assert reproduce(config(given, out, "table2", "table7")) == {}
+    return out
+
+
+def test_numbers_are_those_of_evaluate(given, done, tmp_path):
+    found = lines(done / "table2.csv") | lines(done / "table7.csv")
+    means = {}
+    for weights, source in given["weights"].items():
+        run = evaluate(
+            EvaluateConfig(
+                data=given["data"]["visa"],
+                out=str(tmp_path / weights),
+                weights=source,
+                n_features=20,
+                batch_size=4,
+            )
+        )
+        for level in ("image", "pixel"):
+            for metric in ("au_pr", "au_roc"):
+                key = (weights, "visa", "1cls", "padim", level, metric)
+                each = {c["name"]: 100 * c[level][metric] for c in run["categories"]}
+                means[key] = np.mean(list(each.values()))
+                line = found[(*key, "mean")]
+                assert float(line["ours"]) == pytest.approx(means[key], abs=1e-2)
+                assert line["categories"] == "2"
+                if level == "image":  # table 7
+                    for name, value in each.items():
+                        assert float(found[(*key, name)]["ours"]) == pytest.approx(value, abs=1e-2)
+    line = found["simsiam+spd", "visa", "1cls", "padim", "pixel", "au_pr", "mean"]
+    assert (line["printed"], line["paper"], line["paper_gap"]) == ("9.4 (+0.3)", "9.4", "0.3")
+    keys = [(w, "visa", "1cls", "padim", "pixel", "au_pr") for w in ("simsiam+spd", "simsiam")]
+    assert float(line["difference"]) == pytest.approx(means[keys[0]] - 9.4, abs=1e-2)
+    assert float(line["gap"]) == pytest.approx(means[keys[0]] - means[keys[1]], abs=1e-2)
+    assert float(line["gap_low"]) <= float(line["gap"]) <= float(line["gap_high"])
+    assert float(line["low"]) < float(line["ours"]) < float(line["high"])
+    assert found["moco", "visa", "1cls", "padim", "image", "au_pr", "mean"]["ours"] == ""
+    assert found["simsiam", "mvtec", "1cls", "padim", "image", "au_pr", "mean"]["ours"] == ""
+    nut = found["simsiam", "visa", "1cls", "padim", "image", "au_pr", "nut"]
+    assert nut["paper"] == "" and nut["section"] == "Not in the paper"
+
+
+def test_what_contradicts_is_compared_with_what_it_must_have_been(given, tmp_path, capsys):
+    weights = {"supervised": given["weights"]["simsiam"]}
+    reproduce(config(given | {"weights": weights}, tmp_path, "table7"))
+    line = lines(tmp_path / "table7.csv")[
+        "supervised", "visa", "1cls", "padim", "image", "au_roc", "mean"
+    ]
+    assert (line["printed"], line["paper"], line["expected"]) == ("7.80", "7.8", "87.8")
+    assert float(line["difference"]) == pytest.approx(float(line["ours"]) - 87.8, abs=1e-2)
+    assert "7.80*" in capsys.readouterr().out
+    assert "7.80\\* / **" in (tmp_path / "table7.md").read_text()
+
+
+def test_the_same_again_and_after_a_kill(given, done, tmp_path, monkeypatch):
+    made = {p.relative_to(done): p.read_bytes() for p in done.rglob("*") if p.is_file()}
+    kept = {p: p.stat().st_mtime_ns for p in done.rglob("result.json")}
+    reproduce(config(given, done, "table2", "table7"))
+    assert {p: p.stat().st_mtime_ns for p in done.rglob("result.json")} == kept
+    text = """
+import os, sys
+from spd_fast import evaluate_category
+from spd_fast.cli import main
+score, calls = evaluate_category._score, []
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 4:  # the last of two weights and two categories
+        os.kill(os.getpid(), 9)
+    return score(*arguments)
+evaluate_category._score = killed
+main(sys.argv[1:])
+"""
+    weights = ",".join(f"{name}={source}" for name, source in given["weights"].items())
+    arguments = ["reproduce", "table2", "table7", "--visa", given["data"]["visa"]]
+    arguments += ["--weights", weights, "--backbone", "resnet18", "--n-features", "20"]
+    arguments += ["--workers", "2", "--batch-size", "4", "--out", str(tmp_path)]
+    killed = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True)
+    assert killed.returncode == -9
+    assert len(list(tmp_path.rglob("result.json"))) == 3 and not (tmp_path / "table2.csv").exists()
+    assert main(arguments) == 0
+    for out in (done, tmp_path):
+        now = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        assert now.keys() == made.keys()
+        for path, data in made.items():
+            if path.suffix in (".csv", ".md", ".png", ".pdf"):
+                assert now[path] == data, path
+    page = (done / "reproduce.html").read_text()
+    assert page.replace(str(done), "") == (tmp_path / "reproduce.html").read_text().replace(
+        str(tmp_path), ""
+    )
+
+
+def test_processes_give_the_same_table(given, done, tmp_path):
+    weights = ",".join(f"{name}={source}" for name, source in given["weights"].items())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    command += ["--nproc-per-node=2", sys.executable, "-m", "spd_fast.cli", "reproduce", "table2"]
+    command += ["--visa", given["data"]["visa"], "--weights", weights, "--backbone", "resnet18"]
+    command += ["--n-features", "20", "--batch-size", "4", "--out", str(tmp_path)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    one, two = lines(done / "table2.csv"), lines(tmp_path / "table2.csv")
+    assert one.keys() == two.keys()
+    for key, line in one.items():
+        if line["ours"]:
+            assert float(two[key]["ours"]) == pytest.approx(float(line["ours"]), abs=0.05)
+
+
+def test_two_class_tables_have_deviations(given, tmp_path, monkeypatch, capsys):
+    from dataclasses import replace
+
+    from spd_fast import twoclass
+
+    small = replace(twoclass.PRESETS["paper"], size=64)
+    monkeypatch.setitem(twoclass.PRESETS, "paper", small)
+    visa = small_visa(tmp_path / "visa", ("pcb1",), normal=50, anomalous=50)
+    shutil.rmtree(visa / "split_csv")
+    changed = given | {"data": {"visa": str(visa)}, "weights": {"simsiam": "random"}}
+    quick = dict(iterations=2, draws=2)
+    assert reproduce(config(changed, tmp_path / "out", "table4", "table9", **quick)) == {}
+    found = lines(tmp_path / "out" / "table4.csv")
+    for protocol, method, level in (("5shot", "classifier", "image"), ("10shot", "unet", "pixel")):
+        line = found["simsiam", "visa", protocol, method, level, "au_pr", "mean"]
+        run = json.loads(
+            (tmp_path / f"out/runs/simsiam/visa_{protocol}_{method}/results.json").read_text()
+        )
+        draws = [100 * draw[level]["au_pr"] for draw in run["categories"][0]["draws"]]
+        assert float(line["ours"]) == pytest.approx(np.mean(draws), abs=1e-2)
+        assert float(line["std"]) == pytest.approx(np.std(draws, ddof=1), abs=1e-2)
+    assert " ± " in (tmp_path / "out" / "table4.md").read_text()
+    page = (tmp_path / "out" / "reproduce.html").read_text()
+    for text in (
+        *("trained for 2 steps", "of 2 draws, not of 5", "The backbone is resnet18"),
+        "Means on visa are over 1 categories, not 12",
+    ):
+        assert text in page
+    assert "std" in capsys.readouterr().out
+
+
+def test_a_job_that_fails_leaves_the_others(given, tmp_path, capsys):
+    weights = given["weights"] | {"moco": str(tmp_path / "nowhere.pt")}
+    failed = reproduce(config(given | {"weights": weights}, tmp_path / "out", "table2"))
+    assert list(failed) == [Job("moco", "visa", "1cls", "padim").title]
+    assert "nowhere.pt" in failed["moco, visa, 1cls, padim"]
+    found = lines(tmp_path / "out" / "table2.csv")
+    assert found["simsiam", "visa", "1cls", "padim", "image", "au_pr", "mean"]["ours"]
+    page = (tmp_path / "out" / "reproduce.html").read_text()
+    assert "moco, visa, 1cls, padim: failed, there is no file" in page
+    assert "simclr (resnet50): no weights were given" in page
+    assert "mvtec: no data set was given" in page
+
+
+def test_figures_can_be_asked_for_alone(given, tmp_path):
+    out = tmp_path / "out"
+    reproduce(config(given, out, "figure11", "curves", category=("pcb1",)))
+    names = {path.name for path in (out / "figures").iterdir()}
+    assert {"figure11.png", "figure11.pdf", "image_roc_visa_1cls_padim_pcb1.pdf"} <= names
+    assert "figure7.png" not in names
+    assert not list(out.glob("*.csv"))
+    page = (out / "reproduce.html").read_text()
+    assert page.count("<img") == 1 + 4 and page.count('alt="') == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("targets", "changes", "message"),
+    [
+        (("table1",), {}, "'table1' is none of table2, .*, figure7"),
+        (("table2",), {"weights": {"mine": "random"}}, "the paper has no weights 'mine'; it has"),
+        (
+            ("table6",),
+            {},
+            "nothing to do: table6 need --visa or --mvtec, and weights for one of sup",
+        ),
+        (("table2",), {"data": {}}, "nothing to do"),
+    ],
+)
+def test_wrong_use(given, tmp_path, targets, changes, message):
+    with pytest.raises(InputError, match=message):
+        reproduce(config(given | changes, tmp_path / "out", *targets))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments(capsys):
+    for text, message in (
+        ("simsiam", "--weights takes NAME=SOURCE,..., got 'simsiam'"),
+        ("moco=a,moco=b", "--weights names moco twice"),
+    ):
+        assert main(["reproduce", "table2", "--visa", "x", "--weights", text, "--out", "y"]) == 2
+        assert message in capsys.readouterr().err
