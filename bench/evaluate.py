@@ -143,10 +143,18 @@ def child(options) -> None:
 def run_child(options, **task) -> dict | str:
     command = [sys.executable, __file__, "--threads", str(options.threads)]
     command += ["--child", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    most = options.most_memory << 30
+
+    def limit():  # an error of this process instead of the machine's out-of-memory killer
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
-        return f"failed with status {done.returncode}: {done.stderr.strip()[-300:]}"
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return (
+            f"failed with status {done.returncode}, {options.most_memory} GiB allowed: {last[:200]}"
+        )
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
@@ -191,7 +199,13 @@ def main() -> None:
     parser.add_argument("--anomalous", type=int, default=100)
     parser.add_argument("--width", type=int, default=1500, help="of the images, in pixels")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--models", nargs="+", default=["resnet18:100", "resnet50:100"])
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["resnet18:100", "resnet50:100", "resnet50:550"],
+        help="backbone and number of channels",
+    )
+    parser.add_argument("--most-memory", type=int, default=20, help="GiB, of either process")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -104,6 +104,7 @@ def write_report(runs: list[dict], path: str | Path, title: str) -> None:
         settings=_settings(runs),
         tables=_tables(runs),
         partial=len({frozenset(c["name"] for c in run["categories"]) for run in runs}) > 1,
+        failed=_failed(runs),
         plots=_plots(runs),
         categories=_categories(runs),
         plot=PLOT,
@@ -170,10 +171,25 @@ def _compare(runs: list[dict]) -> list[dict]:
         complete = [row[m] for row in shared if all(math.isfinite(value) for value in row[m])]
         means.append(list(np.mean(complete, axis=0)) if complete else [math.nan] * len(runs))
     mean_title = "Mean" if len(shared) == len(titles) else "Mean (of shared)"
-    rows = [(titles[name], False, values[name]) for name in titles] + [(mean_title, True, means)]
+    rows = [(name, titles[name], values[name]) for name in titles] + [(None, mean_title, means)]
     return [
-        {"title": title, "mean": mean, "cells": [_texts_and_best(cell) for cell in cells]}
-        for title, mean, cells in rows
+        {
+            "name": name,  # None: the mean
+            "title": title,
+            "mean": name is None,
+            "cells": [_texts_and_best(cell) for cell in cells],
+        }
+        for name, title, cells in rows
+    ]
+
+
+def _failed(runs: list[dict]) -> list[str]:
+    """Categories without results, and why."""
+    several = len(runs) > 1
+    return [
+        f"{run['name']}, {name} failed: {reason}" if several else f"{name} failed: {reason}"
+        for run in runs
+        for name, reason in run.get("failed", {}).items()
     ]
 
 
@@ -318,7 +334,9 @@ def _plots(runs: list[dict]) -> list[dict]:
                 curve = category["curves"].get(kind)
                 if not curve:
                     continue
-                plot = plots.setdefault(category["name"], {"title": _title(category), "lines": []})
+                name = category["name"]
+                new = {"name": name, "title": _title(category), "lines": []}
+                plot = plots.setdefault(name, new)
                 plot["chance"] = None if kind.endswith("roc") else curve[1][-1]
                 value = _percent(_value(category, kind.split("_")[0], area))
                 line = {"run": i, "name": run["name"], "value": value, "points": _points(*curve)}
@@ -341,7 +359,7 @@ def _categories(runs: list[dict]) -> list[dict]:
     for run in runs:
         for category in run["categories"]:
             counts = {key: category[key] for key in ("n_train", "n_test", "n_anomalous")}
-            facts = {"title": _title(category), "runs": [], **counts}
+            facts = {"name": category["name"], "title": _title(category), "runs": [], **counts}
             facts["image_prevalence"] = _share(_image_prevalence(category))
             facts["pixel_prevalence"] = _share(_pixel_prevalence(category))
             section = sections.setdefault(category["name"], facts)

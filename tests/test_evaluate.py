@@ -283,7 +283,7 @@ def test_a_category_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert [found["name"] for found in run["categories"]] == ["nut"]
     assert list(run["failed"]) == ["board"] and "002.JPG" in run["failed"]["board"]
     assert "board failed: cannot read image" in capsys.readouterr().out
-    assert "002.JPG" in (tmp_path / "out" / "report.html").read_text()
+    assert "board failed: cannot read image" in (tmp_path / "out" / "report.html").read_text()
     arguments = ["evaluate", "--data", str(root), "--weights", "random", "--n-features", "20"]
     assert main([*arguments, "--out", str(tmp_path / "other")]) == 1
     bad.write_bytes(whole)

@@ -113,7 +113,7 @@ def report(runs, tmp_path, title="A report"):
 def test_page_is_complete_and_self_contained(tmp_path, n_runs):
     runs = three_runs(tmp_path)[:n_runs]
     text, page = report(runs, tmp_path)
-    assert not re.search(r"https?:|<script|<link|<iframe|@import|url\(|//\w", text)
+    assert not re.search(r"https?:|<script.+src|<link|<iframe|@import|url\(|//\w", text)
     assert all(a["href"].startswith("#") for a in page.tags("a"))
     ids = {attrs["id"] for _, attrs in page.seen if "id" in attrs}
     assert {a["href"][1:] for a in page.tags("a")} <= ids
@@ -189,7 +189,7 @@ def test_names_are_escaped(tmp_path):
     run = save_run(directory, evil, [category(directory, "a", title=evil)], weights=evil)
     run["categories"][0]["examples"][0] |= {"title": evil, "caption": evil}
     text, page = report([run, run], tmp_path, title=evil)
-    assert "<script" not in text and not page.tags("script")
+    assert "<script>alert" not in text and len(page.tags("script")) == 1
     assert page.text.count(evil) >= 8
     assert any(evil in image["alt"] for image in page.tags("img"))
 

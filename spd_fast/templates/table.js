@@ -1,0 +1,116 @@
+// Sorts the tables marked data-sortable, and hides categories where <div data-filter> is.
+"use strict";
+
+for (const table of document.querySelectorAll("table[data-sortable]")) makeSortable(table);
+for (const place of document.querySelectorAll("[data-filter]")) makeFilter(place);
+
+function makeSortable(table) {
+  const body = table.tBodies[0];
+  const original = [...body.rows];
+  const heads = lowestHeads(table.tHead);
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      const before = head.getAttribute("aria-sort");
+      const order = { null: "descending", descending: "ascending", ascending: null }[before];
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      if (order) head.setAttribute("aria-sort", order);
+      body.append(...sorted(original, column, order));
+      original.forEach((row) => { if (isSection(row)) row.classList.toggle("off", Boolean(order)); });
+    });
+  });
+}
+
+// The heading right above each column; headings may span rows and columns.
+function lowestHeads(head) {
+  const columns = [];
+  const grid = [...head.rows].map(() => []);
+  [...head.rows].forEach((row, y) => {
+    for (const cell of row.cells) {
+      let x = 0;
+      while (grid[y][x]) x++;
+      for (let dy = 0; dy < cell.rowSpan; dy++)
+        for (let dx = 0; dx < cell.colSpan; dx++) grid[y + dy][x + dx] = cell;
+    }
+  });
+  grid.at(-1).forEach((cell, x) => { columns[x] = cell; });
+  return columns;
+}
+
+function sorted(rows, column, order) {
+  if (!order) return rows;
+  const last = (row) => isSection(row) || row.classList.contains("mean");
+  const values = new Map(rows.map((row) => [row, value(row.cells[column])]));
+  const sign = order === "ascending" ? 1 : -1;
+  const free = rows.filter((row) => !last(row)).sort((a, b) => {
+    const [x, y] = [values.get(a), values.get(b)];
+    if (x === null || y === null) return (x === null) - (y === null);  // no value: always behind
+    return sign * (typeof x === "number" ? x - y : x.localeCompare(y));
+  });
+  return [...free, ...rows.filter(last)];
+}
+
+// The number that a cell begins with, its text, or null if it has neither.
+function value(cell) {
+  if (!cell) return null;
+  const text = cell.textContent.trim();
+  if (cell.tagName === "TH") return text;
+  const number = parseFloat(text.replace("−", "-").replace("▸", ""));
+  return Number.isNaN(number) ? null : number;
+}
+
+function isSection(row) {
+  return row.classList.contains("section");
+}
+
+function makeFilter(place) {
+  const marked = [...document.querySelectorAll("[data-category]")];
+  const titles = new Map();
+  for (const element of marked) {
+    if (!titles.has(element.dataset.category))
+      titles.set(element.dataset.category, element.dataset.title || element.dataset.category);
+  }
+  if (titles.size < 2) return;
+  const details = document.createElement("details");
+  const fields = document.createElement("fieldset");
+  const legend = document.createElement("legend");
+  const summary = document.createElement("summary");
+  const status = document.createElement("p");
+  summary.textContent = "Filter categories";
+  legend.textContent = "Categories that are shown";
+  status.setAttribute("role", "status");
+  fields.append(legend);
+  const boxes = [...titles].map(([name, title]) => {
+    const label = document.createElement("label");
+    const box = document.createElement("input");
+    box.type = "checkbox";
+    box.checked = true;
+    box.value = name;
+    box.addEventListener("change", update);
+    label.append(box, " ", title);
+    fields.append(label);
+    return box;
+  });
+  for (const [text, checked] of [["All", true], ["None", false]]) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = text;
+    button.addEventListener("click", () => {
+      boxes.forEach((box) => { box.checked = checked; });
+      update();
+    });
+    fields.append(button);
+  }
+  details.append(summary, fields);
+  place.append(details, status);
+
+  function update() {
+    const shown = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
+    for (const element of marked) element.hidden = !shown.has(element.dataset.category);
+    status.textContent = shown.size === boxes.length ? "" :
+      `${shown.size} of ${boxes.length} categories are shown; means are over all of them.`;
+  }
+}

@@ -1,0 +1,163 @@
+"""The reports in a browser, wide and as on a phone."""
+
+import pytest
+from browser import ask
+from test_report import category, numbers, save_run
+from trees import small_visa
+
+from spd_fast.evaluate import EvaluateConfig
+from spd_fast.report import write_report
+from spd_fast.reproduce import ReproduceConfig, reproduce
+
+# What must hold of every page.
+SOUND = """
+const images = [...document.images];
+const wide = document.documentElement.scrollWidth;
+const found = {
+  overflow: wide > window.innerWidth ? wide : 0,
+  unseen: images.filter(
+    (image) => !(image.complete && image.naturalWidth && image.getClientRects().length)).length,
+  images: images.length,
+  silent: images.filter((image) => !image.alt.trim()).length,
+  unnamed: [...document.querySelectorAll("button, input")].filter(
+    (e) => !(e.textContent.trim() || e.closest("label")?.textContent.trim())).length,
+  lost: [...document.querySelectorAll("a[href^='#']")].filter(
+    (a) => !document.querySelector(a.getAttribute("href"))).length,
+};
+"""
+TABLE = """
+const table = document.querySelector("table[data-sortable]");
+const titles = () => [...table.tBodies[0].rows].filter(
+  (row) => row.getClientRects().length).map((row) => row.cells[0].textContent.trim());
+const buttons = table.tHead.querySelectorAll("button");
+"""
+
+
+def sound(found: dict, images: int) -> None:
+    assert found["images"] == images > 0
+    for name in ("overflow", "unseen", "silent", "unnamed", "lost"):
+        assert found[name] == 0, name
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    scores = {"candle": 0.5, "pcb1": 0.9, "cashew": 0.7, "fryum": 0.8}
+    found = [category(root, n, image=numbers(au_roc=score)) for n, score in scores.items()]
+    found[3]["image"]["au_pr"] = None
+    run = save_run(root, "one", found)
+    write_report([run], root / "report.html", "A report")
+    return root / "report.html"
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_report(report, width, tmp_path):
+    question = (
+        SOUND
+        + TABLE
+        + """
+        found.before = titles();
+        found.buttons = buttons.length;
+        found.low = Math.min(...[...buttons].map((b) => b.getBoundingClientRect().height));
+        buttons[1].click();
+        found.falling = titles();
+        found.said = buttons[1].parentElement.getAttribute("aria-sort");
+        buttons[1].click();
+        found.rising = titles();
+        buttons[1].click();
+        found.again = titles();
+        found.silence = buttons[1].parentElement.getAttribute("aria-sort");
+        buttons[2].click();
+        found.without = titles();
+        buttons[2].click();
+        buttons[0].click();
+        buttons[0].click();
+        found.named = titles();
+        buttons[0].click();
+        const shown = (name) => [...document.querySelectorAll(`[data-category=${name}]`)]
+            .filter((element) => element.getClientRects().length).length;
+        document.querySelector("[data-filter] details").open = true;
+        const boxes = [...document.querySelectorAll("[data-filter] input")];
+        found.boxes = boxes.map((box) => box.closest("label").textContent.trim());
+        found.all = shown("pcb1");
+        boxes[1].click();
+        found.less = [titles(), shown("pcb1"), shown("candle")];
+        found.note = document.querySelector("[role=status]").textContent;
+        const [all, none] = document.querySelectorAll("[data-filter] button");
+        none.click();
+        found.none = titles();
+        all.click();
+        found.back = [titles(), shown("pcb1"), document.querySelector("[role=status]").textContent];
+        return found;
+        """
+    )
+    found, complaints = ask(report, width, question, tmp_path)
+    assert complaints == []
+    sound(found, images=4 * 2)
+    before = ["Candle", "Pcb1", "Cashew", "Fryum", "Mean"]
+    assert found["before"] == found["again"] == before
+    assert found["buttons"] == 1 + 9 and found["low"] >= 32
+    assert found["falling"] == ["Pcb1", "Fryum", "Cashew", "Candle", "Mean"]
+    assert found["rising"] == ["Candle", "Cashew", "Fryum", "Pcb1", "Mean"]
+    assert (found["said"], found["silence"]) == ("descending", None)
+    assert found["without"] == ["Candle", "Pcb1", "Cashew", "Fryum", "Mean"]  # no value: last
+    assert found["named"] == ["Candle", "Cashew", "Fryum", "Pcb1", "Mean"]
+    assert found["boxes"] == before[:-1]
+    assert found["all"] == 1 + 1 + 4 + 1  # the row, the link, four curves, the pictures
+    assert found["less"] == [["Candle", "Cashew", "Fryum", "Mean"], 0, found["all"]]
+    assert found["note"].startswith("3 of 4 categories are shown")
+    assert found["none"] == ["Mean"]
+    assert found["back"] == [before, found["all"], ""]
+
+
+def test_a_page_that_complains_is_noticed(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text("<!DOCTYPE html><script>nothing.at.all</script>")
+    _, complaints = ask(page, 800, "return 1;", tmp_path / "profile")
+    assert len(complaints) == 1 and "nothing is not defined" in complaints[0]
+    page.write_text("<!DOCTYPE html><img src='http://example.org/a.png'>")
+    found, _ = ask(page, 800, SOUND + "return found;", tmp_path / "profile")
+    assert (found["unseen"], found["silent"]) == (1, 1)
+
+
+REPRODUCED = """
+const tables = [...document.querySelectorAll("table[data-sortable]")];
+found.tables = tables.map((table) => table.tBodies[0].rows.length);
+const second = tables[1];
+const rows = () => [...second.tBodies[0].rows].filter(
+  (row) => row.getClientRects().length).map((row) => row.cells[0].textContent.trim());
+found.before = rows();
+second.tHead.querySelectorAll("button")[2].click();  // ours: only one category has it
+found.sorted = rows();
+found.numbers = second.tBodies[0].rows[0].cells[2].textContent;
+return found;
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_reproduced_tables(reproduced, width, tmp_path):
+    found, complaints = ask(reproduced, width, SOUND + REPRODUCED, tmp_path)
+    assert complaints == []
+    sound(found, images=3)  # figures 7, 8 and 12
+    assert found["tables"] == [8, 13 + 3]  # of table 7 with its three sections
+    assert found["before"][:2] == ["Complex structure", "PCB1"] and found["before"][-1] == "Mean"
+    assert (found["sorted"][0], found["sorted"][-1]) == ("PCB1", "Mean")
+    assert len(found["sorted"]) == 13  # sections are hidden
+    assert "[" in found["numbers"]
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    root = tmp_path_factory.mktemp("reproduced")
+    visa = small_visa(root / "visa", ("pcb1",))
+    settings = EvaluateConfig(data="", out="", n_features=20, workers=2, batch_size=4)
+    config = ReproduceConfig(
+        targets=("table2", "table7"),
+        weights={"simsiam": "random"},
+        data={"visa": str(visa)},
+        out=str(root / "out"),
+        settings=settings,
+        backbone="resnet18",
+    )
+    assert reproduce(config) == {}
+    return root / "out" / "reproduce.html"
