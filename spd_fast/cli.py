@@ -380,7 +380,8 @@ def _add_report(commands) -> None:
 
 
 def _report(options) -> None:
-    from spd_fast.report import format_table, load_run, write_report
+    from spd_fast.report import format_table, write_report
+    from spd_fast.results import load_run
 
     runs = [load_run(directory) for directory in options.runs]
     write_report(runs, options.out, options.title)

@@ -16,18 +16,17 @@ from spd_fast.choices import METHODS, ONE_CLASS
 from spd_fast.datasets import Category, read_dataset
 from spd_fast.distributed import barrier, of_all_ranks, process_group, rank, world_size
 from spd_fast.errors import InputError
-from spd_fast.evaluate_category import DRAWS, RESULT, SHOTS, Detector, Plan, evaluate_category
+from spd_fast.evaluate_category import DRAWS, SHOTS, Detector, Plan, evaluate_category
 from spd_fast.files import make_output_dir, read_json, refuse_foreign, refuse_inside, write_json
 from spd_fast.info import versions
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
 from spd_fast.patchcore import PatchCore
-from spd_fast.report import format_table, load_run, write_report
+from spd_fast.report import format_table, write_report
+from spd_fast.results import CATEGORIES, RESULT, load_run
 from spd_fast.twoclass import Classifier, Training, UNet
 
-# In the output directory: CATEGORIES/<name>/ with RESULT, pictures and, if asked for, the model
-# as <method>.pt; and what is not finished yet.
-CATEGORIES, UNFINISHED = "categories", "unfinished"
+UNFINISHED = "unfinished"  # in the output directory: what is not yet among the categories
 CATEGORY = "{category}"  # in `weights`: the name of each category
 FEW_SHOT_POOL = "2cls_fewshot"  # the split that the k-shot protocols draw from
 # What iterations a k-shot model learns for (paper appendix C); the high-shot ones: 80 epochs.

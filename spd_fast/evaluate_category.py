@@ -1,7 +1,7 @@
 """One category of a data set: fit a detector to its training images, score and measure its test.
 
 A k-shot protocol does so for several draws of training images, and takes the mean. What comes of a
-draw, and in the end of the category, is a directory with `RESULT`, pictures, the replicates of the
+draw, and in the end of the category, is a directory with a result, pictures, the replicates of the
 bootstrap and, if asked for, the model; those of a category are its first draw's pictures and model.
 """
 
@@ -28,14 +28,11 @@ from spd_fast.files import atomic_directory, link_or_copy, make_output_dir, read
 from spd_fast.padim import PaDiM
 from spd_fast.patchcore import PatchCore
 from spd_fast.preprocess import Preset, displayed_image, normalised
+from spd_fast.results import REPLICATES, RESULT, SHOWN
 from spd_fast.sheet import example_sheet
 from spd_fast.threads import in_threads
 from spd_fast.twoclass import Classifier, Training, TwoClass
 
-RESULT, REPLICATES = "result.json", "replicates.npz"
-# The first test image with a defect: "image" (h, w, 3) uint8, "mask" (h, w) bool, "map" (h, w) and
-# the category's colour "scale", so that maps of several detectors can be drawn side by side.
-SHOWN = "shown.npz"
 DRAWS = 5  # of a k-shot protocol (paper section 4.2)
 SHOTS = {"5shot": 5, "10shot": 10}
 RESAMPLES = 1000  # of the bootstrap

@@ -1,13 +1,10 @@
 """The results of one or several evaluations as one HTML file and as a table for the terminal.
 
-A run is the dictionary that an evaluation saves as `results.json` in its output directory, plus
-`dir`, that directory. Precision-recall curves in it end at (1, prevalence), as `metrics.curves`
-makes them; example pictures are files below `dir`, as `sheet.example_sheet` draws them.
+What a run is, `results.py` says.
 """
 
 import base64
 import itertools
-import json
 import math
 import mimetypes
 from collections.abc import Iterable
@@ -18,6 +15,7 @@ import numpy as np
 
 from spd_fast import files
 from spd_fast.errors import InputError
+from spd_fast.results import difference
 
 METRICS = {
     "au_roc": "AU-ROC",
@@ -44,49 +42,9 @@ PRESETS = {
     "anomalib": "resized to 256 x 256 pixels",
 }
 NO_VALUE = "–"
-REQUIRED = {"name": str, "config": dict, "categories": list}
-REQUIRED_OF_CATEGORY = {
-    "name": str,
-    "n_train": int,
-    "n_test": int,
-    "n_anomalous": int,
-    "image": dict,
-    "curves": dict,
-    "examples": list,
-}
+# Of what there are paired intervals: level and metric.
+PAIRED = [(level, metric) for level in LEVELS for metric in ("au_pr", "au_roc")]
 PLOT = 180  # side of a curve's square, in SVG units
-
-
-def load_run(directory: str | Path) -> dict:
-    """The run that an evaluation wrote into `directory`, with the key `dir` added.
-
-    Raises:
-        InputError: `results.json` is missing or unreadable there, or is not what an evaluation
-            writes.
-    """
-    path = Path(directory) / "results.json"
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}; expected the output of spd-fast evaluate"
-        ) from error
-    except ValueError as error:
-        raise InputError(f"{path} is damaged, expected JSON: {error}") from error
-    _check(run, REQUIRED, f"{path}")
-    if not run["categories"]:
-        raise InputError(f"{path} holds no category, expected at least one")
-    for i, category in enumerate(run["categories"]):
-        _check(category, REQUIRED_OF_CATEGORY, f"category {i} in {path}")
-    return run | {"dir": Path(directory)}
-
-
-def _check(value, required: dict[str, type], what: str) -> None:
-    if not isinstance(value, dict):
-        raise InputError(f"{what} is a {type(value).__name__}, expected named values")
-    for key, kind in required.items():
-        if not isinstance(value.get(key), kind):
-            raise InputError(f"{what} has no valid {key!r}, expected a {kind.__name__}")
 
 
 def write_report(runs: list[dict], path: str | Path, title: str) -> None:
@@ -104,6 +62,7 @@ def write_report(runs: list[dict], path: str | Path, title: str) -> None:
         settings=_settings(runs),
         tables=_tables(runs),
         partial=len({frozenset(c["name"] for c in run["categories"]) for run in runs}) > 1,
+        differences=_differences(runs),
         failed=_failed(runs),
         plots=_plots(runs),
         categories=_categories(runs),
@@ -181,6 +140,33 @@ def _compare(runs: list[dict]) -> list[dict]:
         }
         for name, title, cells in rows
     ]
+
+
+def _differences(runs: list[dict]) -> list[dict]:
+    """Per run after the first how far it is above the first: rows of (text, whether 0 is outside of
+    the interval) for each of PAIRED; empty where they have no test images in common."""
+    first, *others = runs
+    tables = []
+    for run in others:
+        shared = [
+            c for c in run["categories"] if c["name"] in {f["name"] for f in first["categories"]}
+        ]
+        names = [(c["name"], _title(c), [c["name"]]) for c in shared]
+        names.append((None, "Mean", [c["name"] for c in shared]))
+        rows = []
+        for name, title, together in names:
+            found = [difference(run, first, *pair, together) for pair in PAIRED]
+            rows.append({"name": name, "title": title, "cells": [_apart(f) for f in found]})
+        if any(text != NO_VALUE for row in rows for text, _ in row["cells"]):
+            tables.append({"run": run["name"], "first": first["name"], "rows": rows})
+    return tables
+
+
+def _apart(found) -> tuple[str, bool]:
+    if found is None:
+        return NO_VALUE, False
+    value, low, high = (100 * number for number in found)
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]", low > 0 or high < 0
 
 
 def _failed(runs: list[dict]) -> list[str]:

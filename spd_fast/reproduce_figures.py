@@ -16,13 +16,12 @@ from spd_fast.attention import attention_maps, pooled_features
 from spd_fast.datasets import Sample, read_dataset
 from spd_fast.datasets.cache import read_resized
 from spd_fast.errors import InputError
-from spd_fast.evaluate import CATEGORIES
-from spd_fast.evaluate_category import SHOWN
 from spd_fast.models import load_backbone, pick_device
 from spd_fast.padim import PRESETS
 from spd_fast.preprocess import displayed_image, normalised
 from spd_fast.report import METRICS
 from spd_fast.reproduce_table import Job, compare
+from spd_fast.results import CATEGORIES, SHOWN
 from spd_fast.threads import in_threads
 
 TITLES = {"visa": "VisA", "mvtec": "MVTec-AD"}

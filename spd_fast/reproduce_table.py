@@ -4,15 +4,13 @@ import csv
 import io
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from spd_fast import bootstrap
-from spd_fast.evaluate import CATEGORIES
-from spd_fast.evaluate_category import REPLICATES
 from spd_fast.paper import Cell, PaperTable, Quantity
+from spd_fast.results import difference, replicates
 
 NO_VALUE = "–"
 
@@ -135,11 +133,11 @@ def _ours(quantity: Quantity, run: dict, base: dict | None) -> Ours | None:
     found = _categories(quantity, run)
     if not found:
         return None
-    replicates = _replicates(quantity, run, found)
+    kind = (quantity.level, quantity.metric)
     values = [category[quantity.level][quantity.metric] for category in found.values()]
     ours = dict(
         value=100 * float(np.mean(values)),
-        interval=_percent(bootstrap.interval(replicates)),
+        interval=_percent(bootstrap.interval(replicates(run, *kind, found))),
         categories=len(found),
     )
     if all("draws" in category for category in found.values()):
@@ -148,12 +146,9 @@ def _ours(quantity: Quantity, run: dict, base: dict | None) -> Ours | None:
             for category in found.values()
         ]
         ours["std"] = 100 * float(np.std(np.mean(draws, axis=0), ddof=1))
-    others = _categories(quantity, base) if base else {}
-    if _same_tests(found, others):
-        before = [category[quantity.level][quantity.metric] for category in others.values()]
-        ours["gap"] = 100 * float(np.mean(values) - np.mean(before))
-        apart = bootstrap.difference(replicates, _replicates(quantity, base, others))
-        ours["gap_interval"] = _percent((apart["low"], apart["high"]))
+    apart = difference(run, base, *kind, found) if base else None
+    if apart:
+        ours |= {"gap": 100 * apart.value, "gap_interval": _percent((apart.low, apart.high))}
     return Ours(**ours)
 
 
@@ -164,17 +159,6 @@ def _categories(quantity: Quantity, run: dict) -> dict[str, dict]:
         for found in run["categories"]
         if quantity.category in (None, found["name"]) and found[quantity.level]
     }
-
-
-def _same_tests(a: dict[str, dict], b: dict[str, dict]) -> bool:
-    """Only then are replicates paired."""
-    return {n: c["test_set"] for n, c in a.items()} == {n: c["test_set"] for n, c in b.items()}
-
-
-def _replicates(quantity: Quantity, run: dict, categories: dict[str, dict]) -> np.ndarray:
-    name = f"{quantity.level}_{quantity.metric}"
-    paths = [Path(run["dir"]) / CATEGORIES / category / REPLICATES for category in categories]
-    return bootstrap.mean_replicates([np.load(path)[name] for path in paths])
 
 
 def _percent(interval: tuple[float, float]) -> tuple[float, float]:

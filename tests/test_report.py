@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from spd_fast.errors import InputError
-from spd_fast.report import format_table, load_run, write_report
+from spd_fast.report import format_table, write_report
+from spd_fast.results import load_run
 
 VOID = {"meta", "img", "br", "path", "line", "polyline", "wbr"}
 
