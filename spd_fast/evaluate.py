@@ -14,6 +14,7 @@ from tqdm import tqdm
 from spd_fast import __version__, metrics
 from spd_fast.choices import METHODS, ONE_CLASS
 from spd_fast.datasets import Category, read_dataset
+from spd_fast.datasets.leaks import refuse_leaks
 from spd_fast.distributed import barrier, of_all_ranks, process_group, rank, world_size
 from spd_fast.errors import InputError
 from spd_fast.evaluate_category import DRAWS, SHOTS, Detector, Plan, evaluate_category
@@ -104,6 +105,8 @@ def _evaluate(config: EvaluateConfig, device: torch.device) -> dict:
     dataset = read_dataset(config.data, split, list(config.category) or None)
     for category in dataset:
         refuse_foreign(out / CATEGORIES / category.name, RESULT)
+        for told in refuse_leaks(category):
+            tqdm.write(f"{category.name}: {told}")
     own = [_for_category(config, category) for category in dataset]
     models = _Models(device)
     models.of(own[0])  # what is wrong with the settings or the weights is said at once

@@ -8,6 +8,7 @@ import pytest
 from trees import outline, reorganise, touch, write_csv, write_mvtec, write_splits, write_visa
 
 from spd_fast.datasets import PROTOCOLS, Category, Sample, check, draw_shots, read_dataset
+from spd_fast.datasets.leaks import refuse_leaks
 from spd_fast.datasets.visa import (
     PAPER_NAMES,
     TABLE_1,
@@ -351,3 +352,34 @@ def test_every_image_is_drawn_about_equally_often(tmp_path):
         counts.update(s.image for s in draw_shots(Category("pcb1", train, []), 5, run).train)
     # 400 draws of 5 out of 20: 100 each, with a standard deviation of 8.7
     assert len(counts) == 40 and min(counts.values()) > 60 and max(counts.values()) < 140
+
+
+def small_mvtec(root):
+    """Every image has other bytes, but train and test have files of the same names."""
+    for number, part in enumerate(("train/good", "test/good", "test/hole", "ground_truth/hole")):
+        folder = root / "nut" / part
+        folder.mkdir(parents=True)
+        for i in range(3):
+            name = f"{i:03d}_mask.png" if "truth" in part else f"{i:03d}.png"
+            (folder / name).write_bytes(bytes([number, i]))
+    return root
+
+
+def test_images_in_training_and_test_are_refused(tmp_path):
+    root = small_mvtec(tmp_path / "mvtec")
+    (category,) = read_dataset(root)
+    assert refuse_leaks(category) == []
+    train, test = root / "nut/train/good", root / "nut/test/good"
+    shutil.copy(train / "001.png", test / "009.png")
+    (told,) = refuse_leaks(read_dataset(root)[0])
+    assert told.endswith("009.png has the same bytes as training image " + str(train / "001.png"))
+    (test / "009.png").unlink()
+    for leak in (shutil.copy, os.link):
+        (test / "001.png").unlink()
+        leak(train / "001.png", test / "001.png")
+        with pytest.raises(InputError, match="nut has test images in its training set: .*001.png"):
+            refuse_leaks(read_dataset(root)[0])
+    (test / "001.png").unlink()
+    (test / "007.png").symlink_to(train / "001.png")
+    with pytest.raises(InputError, match="007.png is .*train/good/001.png"):
+        refuse_leaks(read_dataset(root)[0])

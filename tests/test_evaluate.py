@@ -329,3 +329,13 @@ def test_resized_images_are_kept_for_other_runs(visa, tmp_path, monkeypatch):
             assert run["categories"][0][name] == plain["categories"][0][name]
     with pytest.raises(InputError, match="lies in the data set"):
         evaluate(config(visa, tmp_path / "x", cache=str(visa / "cache")))
+
+
+def test_a_leak_is_refused_before_anything_is_fitted(tmp_path):
+    root = small_visa(tmp_path / "visa", ("board",))
+    images = root / "board/Data/Images"
+    (images / "Normal/009.JPG").unlink()
+    (images / "Normal/009.JPG").symlink_to(images / "Normal/001.JPG")
+    with pytest.raises(InputError, match="has test images in its training set: .*009.JPG"):
+        evaluate(config(root, tmp_path / "out"))
+    assert not (tmp_path / "out" / "unfinished").exists()
