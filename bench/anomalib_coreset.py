@@ -4,9 +4,9 @@
 
 ResNet-18, 26 images of 224 x 224 pixels: about 20,000 patches, of which 1 % are kept. Every fit is
 anomalib's, by its Engine; only the selection is timed, after the random projection: theirs first,
-then ours. anomalib makes an array of 20 MB for every pick. Whether that memory is kept or given back and faulted in anew differs
-from process to process, and makes most of the time: "faults" counts pages. `patchcore.py` sets
-either state on purpose.
+then ours. anomalib makes an array of 20 MB for every pick. Whether that memory is kept, or given
+back and faulted in anew, differs from process to process and makes most of the time: "faults"
+counts pages. `patchcore.py` sets either state on purpose.
 """
 
 import argparse
