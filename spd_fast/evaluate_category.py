@@ -216,17 +216,22 @@ class _Prepared(Sequence):
 
 
 def _score(model: Detector, category: Category, plan: Plan, skipped: dict, title: str) -> Scored:
-    samples, masks, maps, scores = [], [], [], []
+    samples, n = [], len(category.test)
+    masks, maps, scores = None, None, np.empty(n, np.float32)
     test = _batches(category.test, model.settings, plan, skipped, f"{title}: score")
     for batch, images, truth in test:
         batch_maps, batch_scores = model.score(images)
+        if maps is None:  # filled in place: parts put together in the end would be there twice
+            size = tuple(batch_maps.shape[1:])
+            masks, maps = np.empty((n, *size), bool), np.empty((n, *size), np.float32)
+        place = slice(len(samples), len(samples) + len(batch))
+        masks[place], maps[place] = truth, batch_maps.cpu().numpy()
+        scores[place] = batch_scores.cpu().numpy()
         samples += batch
-        masks.append(truth)
-        maps.append(batch_maps.cpu().numpy())
-        scores.append(batch_scores.cpu().numpy())
     if not samples:
         raise InputError(f"category {category.name} has no readable test image")
-    return Scored(samples, np.concatenate(masks), np.concatenate(maps), np.concatenate(scores))
+    n = len(samples)  # some may have been skipped
+    return Scored(samples, masks[:n], maps[:n], scores[:n])
 
 
 def _batches(
