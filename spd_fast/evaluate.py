@@ -24,7 +24,7 @@ from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
 from spd_fast.patchcore import PatchCore
 from spd_fast.report import format_table, write_report
-from spd_fast.results import CATEGORIES, RESULT, load_run
+from spd_fast.results import CATEGORIES, RESULT, STORED, load_run
 from spd_fast.twoclass import Classifier, Training, UNet
 
 UNFINISHED = "unfinished"  # in the output directory: what is not yet among the categories
@@ -85,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     of its own; what is computed for a category is what it would be with that file given.
 
     Returns:
-        The contents of results.json, plus `dir`; see `spd_fast.report`.
+        The contents of results.json, plus `dir`; see `spd_fast.results`.
 
     Raises:
         InputError: bad data, weights or configuration (the file of weights of every category is
@@ -292,6 +292,7 @@ def _fingerprint(config: EvaluateConfig, category: Category) -> dict:
         "category": category.name,
         "files": digest.hexdigest(),
         "version": __version__,
+        "stored": STORED,
     }
 
 

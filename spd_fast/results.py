@@ -17,6 +17,7 @@ from spd_fast.errors import InputError
 
 CATEGORIES = "categories"  # CATEGORIES/<name> has a category's RESULT, pictures and REPLICATES
 RESULT, REPLICATES = "result.json", "replicates.npz"
+STORED = 2  # version of what these hold: those of another one are made anew
 # The first test image with a defect: "image" (h, w, 3) uint8, "mask" (h, w) bool, "map" (h, w) and
 # the category's colour "scale", so that maps of several detectors can be drawn side by side.
 SHOWN = "shown.npz"
