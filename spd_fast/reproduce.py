@@ -82,6 +82,8 @@ def _jobs(config: ReproduceConfig) -> list[Job]:
                 f"the paper has no weights {name!r}; it has {', '.join(paper.BACKBONES)}"
             )
     needed = dict.fromkeys(job for target in config.targets for job in _needed(target))
+    if not needed:
+        raise InputError(f"{', '.join(config.targets)}: give a table as well, whose runs are drawn")
     jobs = [job for job in needed if job.weights in config.weights and job.dataset in config.data]
     if not jobs:
         datasets = dict.fromkeys(f"--{job.dataset}" for job in needed)
@@ -125,7 +127,7 @@ def _write(config: ReproduceConfig, tables: list, runs: dict, failed: dict, out:
         files.write_text(out / f"{table.name}.md", as_markdown(table, rows))
         print(as_text(table, rows), end="\n\n")
     reports = _write_reports(runs, out)
-    figures = write_figures(config, runs, files.make_output_dir(out / FIGURE_FILES))
+    figures = write_figures(config, runs, files.make_output_dir(out / FIGURE_FILES), failed)
     write_page(out / "reproduce.html", config, compared, figures, reports, failed)
     for title, reason in failed.items():
         print(f"{title} failed: {reason}")

@@ -47,16 +47,24 @@ class Target:
     draw: Callable
 
 
-def write_figures(config, runs: dict[Job, dict], directory: Path) -> list[Drawn]:
-    """Draw the figures among `config.targets`, and those that cost nothing beside their table."""
+def write_figures(
+    config, runs: dict[Job, dict], directory: Path, failed: dict[str, str]
+) -> list[Drawn]:
+    """Draw the figures among `config.targets`, and those that cost nothing beside their table.
+
+    Why one could not be drawn is noted in `failed`.
+    """
     targets = [name for name in FIGURES if name in config.targets]
     if "table2" in config.targets:
         targets = list(dict.fromkeys(["figure7", "figure8", "figure12", *targets]))
     drawn = []
     for name in targets:
-        for figure, result in FIGURES[name].draw(config, runs):
-            figures.save_figure(figure, directory / result.name)
-            drawn.append(result)
+        try:
+            for figure, result in FIGURES[name].draw(config, runs):
+                figures.save_figure(figure, directory / result.name)
+                drawn.append(result)
+        except InputError as error:
+            failed[name] = str(error)
     return drawn
 
 

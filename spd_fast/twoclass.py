@@ -268,17 +268,17 @@ class UNet(TwoClass):
 
     format = "spd-fast unet"
 
-    def new_network(self, backbone: nn.Module) -> nn.Module:
-        try:
-            import segmentation_models_pytorch as smp
-        except ImportError:
-            raise InputError("the U-Net needs: pip install 'spd-fast[paper]'") from None
-        try:
-            network = smp.Unet(self.backbone, encoder_weights=None, in_channels=3, classes=1)
-        except KeyError:
+    def __init__(self, backbone: str = "resnet50", *arguments, **kwargs):
+        known = _segmentation_models().encoders.get_encoder_names()
+        if backbone not in known:
             raise InputError(
-                f"segmentation_models_pytorch has no encoder {self.backbone} for the U-Net"
-            ) from None
+                f"segmentation_models_pytorch has no encoder {backbone} for the U-Net; it has "
+                f"{', '.join(name for name in known if name.startswith('resnet'))}"
+            )
+        super().__init__(backbone, *arguments, **kwargs)
+
+    def new_network(self, backbone: nn.Module) -> nn.Module:
+        network = _segmentation_models().Unet(self.backbone, encoder_weights=None, classes=1)
         network.encoder.load_state_dict(backbone.state_dict())  # it leaves fc out
         return network
 
@@ -288,6 +288,15 @@ class UNet(TwoClass):
     def maps_and_scores(self, images):
         maps = self.network(images)[:, 0]
         return maps, maps.amax((1, 2))
+
+
+def _segmentation_models():
+    """The library; it takes seconds to import."""
+    try:
+        import segmentation_models_pytorch
+    except ImportError:
+        raise InputError("the U-Net needs: pip install 'spd-fast[paper]'") from None
+    return segmentation_models_pytorch
 
 
 def _save_training(path: str | Path, key: dict, network, optimizer, step: int) -> None:

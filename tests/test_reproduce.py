@@ -208,6 +208,15 @@ def test_figures_can_be_asked_for_alone(given, tmp_path):
     assert page.count("<img") == 1 + 4 and page.count('alt="') == 1 + 4
 
 
+def test_a_figure_that_fails_leaves_the_rest(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    out = tmp_path / "out"
+    failed = reproduce(config(given, out, "table2", "figure11", category=("pcb1",)))
+    assert list(failed) == ["figure11"] and "spd-fast[paper]" in failed["figure11"]
+    assert (out / "figures" / "figure7.png").exists() and lines(out / "table2.csv")
+    assert "figure11: failed, attention maps need" in (out / "reproduce.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("targets", "changes", "message"),
     [
@@ -219,6 +228,7 @@ def test_figures_can_be_asked_for_alone(given, tmp_path):
             "nothing to do: table6 need --visa or --mvtec, and weights for one of sup",
         ),
         (("table2",), {"data": {}}, "nothing to do"),
+        (("curves",), {}, "curves: give a table as well"),
     ],
 )
 def test_wrong_use(given, tmp_path, targets, changes, message):

@@ -1,10 +1,11 @@
 """The 2-class models on five images of a kind, whose defects are bright squares."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from spd_fast import InputError, metrics, twoclass
 from spd_fast.models import load_backbone
@@ -192,7 +193,7 @@ def test_wrong_use():
     with pytest.raises(InputError, match="no image to fit"):
         new(Classifier).fit([])
     with pytest.raises(InputError, match="no encoder wide_resnet50_2"):
-        UNet("wide_resnet50_2", "random").new_network(nn.Identity())
+        UNet("wide_resnet50_2", "random")
     with pytest.raises(InputError, match="preset is one of paper; got 'anomalib'"):
         new(UNet, preset="anomalib")
     model = new(Classifier).fit(images(4), Training(iterations=1, **QUICK))
@@ -200,3 +201,10 @@ def test_wrong_use():
         model.score(torch.zeros(1, 3, 32, 32))
     with pytest.raises(InputError, match="the loss of step 2 is nan"):
         new(Classifier).fit(images(4), Training(epochs=None, iterations=9, lr=1e30))
+
+
+def test_a_missing_library_is_said_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "segmentation_models_pytorch", None)
+    with pytest.raises(InputError, match="the U-Net needs: pip install 'spd-fast\\[paper\\]'"):
+        new(UNet)
+    new(Classifier)
