@@ -82,6 +82,9 @@ def _jobs(config: ReproduceConfig) -> list[Job]:
                 f"the paper has no weights {name!r}; it has {', '.join(paper.BACKBONES)}"
             )
     needed = dict.fromkeys(job for target in config.targets for job in _needed(target))
+    for root in config.data.values():
+        if not Path(root).is_dir():
+            raise InputError(f"there is no directory {root}")
     if not needed:
         raise InputError(f"{', '.join(config.targets)}: give a table as well, whose runs are drawn")
     jobs = [job for job in needed if job.weights in config.weights and job.dataset in config.data]
@@ -89,8 +92,8 @@ def _jobs(config: ReproduceConfig) -> list[Job]:
         datasets = dict.fromkeys(f"--{job.dataset}" for job in needed)
         weights = dict.fromkeys(job.weights for job in needed)
         raise InputError(
-            f"nothing to do: {', '.join(config.targets)} need {' or '.join(datasets)}, and weights "
-            f"for one of {', '.join(weights)} at least"
+            f"nothing to do: for {', '.join(config.targets)} give {' or '.join(datasets)}, and "
+            f"weights for one of {', '.join(weights)} at least"
         )
     return jobs
 

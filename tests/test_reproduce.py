@@ -225,9 +225,10 @@ def test_a_figure_that_fails_leaves_the_rest(given, tmp_path, monkeypatch):
         (
             ("table6",),
             {},
-            "nothing to do: table6 need --visa or --mvtec, and weights for one of sup",
+            "nothing to do: for table6 give --visa or --mvtec, and weights for one of",
         ),
         (("table2",), {"data": {}}, "nothing to do"),
+        (("table2",), {"data": {"visa": "/nowhere"}}, "there is no directory /nowhere"),
         (("curves",), {}, "curves: give a table as well"),
     ],
 )
