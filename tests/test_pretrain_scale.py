@@ -9,7 +9,7 @@ import torch
 from pretrain_runs import config, signal_at, trace
 from torch.nn.functional import cosine_similarity, normalize
 
-from spd_fast import checkpoints, recipes
+from spd_fast import files, recipes
 from spd_fast.checkpoints import keep_checkpoint
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
@@ -224,7 +224,7 @@ def test_checkpoints_stay_where_there_are_no_links(tmp_path, monkeypatch):
     def refused(*_):
         raise OSError("no links here")
 
-    monkeypatch.setattr(checkpoints.os, "link", refused)
+    monkeypatch.setattr(files.os, "link", refused)
     for epoch in (1, 2, 3):
         (tmp_path / "last.pt").write_text(str(epoch))
         keep_checkpoint(tmp_path / "last.pt", epoch, count=2, best=epoch == 1)
