@@ -45,7 +45,7 @@ def image_replicates(scores, labels, counts) -> dict[str, np.ndarray]:
     """`au_roc` and `au_pr` (n,) of image scores (N,) in each resample, as fractions of 1.
 
     Exact, also with ties: those of `image_metrics` for every image repeated counts[i] times.
-    Raises InputError: as `image_metrics`, or counts are not (n, N), or one leaves only one class.
+    Raises InputError: as `image_metrics`, or counts are not (n, N). NaN where one class is left.
     """
     image_metrics(scores, labels)  # checks both
     order = np.argsort(scores)[::-1]
@@ -71,7 +71,7 @@ def pixel_replicates(maps, masks, counts, thresholds: int = 2000) -> dict[str, n
     thresholds lie ever denser towards the highest scores, where few pixels decide: in the simulated
     maps of the tests it moves by less than 5e-5. Takes 4 bytes per anomalous pixel, a few maps, and
     32 bytes per image and threshold.
-    Raises InputError: as `pixel_metrics`, or counts are not (n, N), or one leaves only one class.
+    Raises InputError: as `pixel_metrics`, or counts are not (n, N). NaN where one class is left.
     """
     points = _thresholds(find_positives(maps, masks, progress=False).score, thresholds)
     tp = np.empty((len(maps), 2 * points.size + 1))  # float64, for a fast and exact product
@@ -119,14 +119,14 @@ def _areas(tp: np.ndarray, fp: np.ndarray) -> np.ndarray:
     """
     tp, fp = np.pad(tp, ((0, 0), (1, 0))), np.pad(fp, ((0, 0), (1, 0)))  # from above all scores on
     positives, negatives = tp[:, -1], fp[:, -1]
-    if not (positives.all() and negatives.all()):
-        raise InputError("a resample has items of one class only, but the metrics need both")
     precision = np.divide(tp, tp + fp, out=np.ones_like(tp), where=tp + fp > 0)
     step = np.diff(tp)
+    # without a class there is no area
+    positives, negatives = (np.where(n > 0, n, np.nan) for n in (positives, negatives))
     beaten = 2 * negatives[:, None] - fp[:, 1:] - fp[:, :-1]
     au_roc = np.sum(step * beaten, axis=1) / (2 * positives * negatives)
     au_pr = np.sum(step * (precision[:, 1:] + precision[:, :-1]), axis=1) / (2 * positives)
-    return np.stack([au_roc, au_pr])
+    return np.stack([au_roc, np.where(np.isnan(au_roc), np.nan, au_pr)])
 
 
 def mean_replicates(replicates: Sequence) -> np.ndarray:
@@ -146,13 +146,18 @@ def interval(replicates, level: float = 0.95) -> tuple[float, float]:
     Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13. With few
     images it is a little too narrow: of intervals at 95 % from 30 normal and 30 anomalous images,
     some 93 % held the true AU-ROC and 90 % the true AU-PR (simulated, as in the tests).
-    Raises InputError: no replicates, one that is not finite, or a level that is not in (0, 1).
+    Resamples without a value (NaN), since they had one class only, are left out.
+    Raises InputError: fewer than half have a value, or a level that is not in (0, 1).
     """
-    if np.ndim(replicates) != 1 or not np.size(replicates) or not np.isfinite(replicates).all():
-        raise InputError(f"{np.shape(replicates)} replicates, expected (n,) finite numbers, n > 0")
+    replicates = np.asarray(replicates, np.float64)
+    known = replicates[np.isfinite(replicates)]
+    if replicates.ndim != 1 or 2 * known.size < max(replicates.size, 1):
+        raise InputError(
+            f"{replicates.shape} replicates, {known.size} of them finite; expected (n,), and most"
+        )
     if not 0 < level < 1:
         raise InputError(f"the level is {level}, expected a number between 0 and 1, such as 0.95")
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -170,4 +175,5 @@ def difference(a, b, level: float = 0.95) -> dict[str, float]:
     apart = np.subtract(a, b)
     low, high = interval(apart, level)
     rarer = min(np.count_nonzero(apart <= 0), np.count_nonzero(apart >= 0))
-    return {"low": low, "high": high, "p": min(1.0, 2 * (rarer + 1) / (apart.size + 1))}
+    known = np.count_nonzero(np.isfinite(apart))
+    return {"low": low, "high": high, "p": min(1.0, 2 * (rarer + 1) / (known + 1))}

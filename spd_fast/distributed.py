@@ -5,7 +5,7 @@ Everything here also works in a process of its own, where it does nothing.
 
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+
+from spd_fast.errors import InputError
 
 
 @contextmanager
@@ -76,6 +78,25 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     values = values.detach().clone()
     dist.all_reduce(values)
     return values / world_size()
+
+
+def agreed(function: Callable, *arguments):
+    """What the function returns on this rank. All ranks wait for each other.
+
+    Raises:
+        InputError: on every rank, if it was raised on one.
+    """
+    result, reasons = None, {}
+    try:
+        result = function(*arguments)
+    except InputError as error:
+        if world_size() == 1:
+            raise
+        reasons = {rank(): str(error)}
+    reasons = of_all_ranks(reasons)
+    if reasons:
+        raise InputError(reasons[min(reasons)])
+    return result
 
 
 def of_all_ranks(own: dict) -> dict:

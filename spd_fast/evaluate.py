@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,11 +15,25 @@ from tqdm import tqdm
 from spd_fast import __version__, metrics
 from spd_fast.choices import METHODS, ONE_CLASS
 from spd_fast.datasets import Category, read_dataset
-from spd_fast.datasets.leaks import refuse_leaks
-from spd_fast.distributed import barrier, of_all_ranks, process_group, rank, world_size
+from spd_fast.datasets.leaks import find_leaks
+from spd_fast.distributed import (
+    agreed,
+    barrier,
+    of_all_ranks,
+    process_group,
+    rank,
+    world_size,
+)
 from spd_fast.errors import InputError
 from spd_fast.evaluate_category import DRAWS, SHOTS, Detector, Plan, evaluate_category
-from spd_fast.files import make_output_dir, read_json, refuse_foreign, refuse_inside, write_json
+from spd_fast.files import (
+    locked,
+    make_output_dir,
+    read_json,
+    refuse_foreign,
+    refuse_inside,
+    write_json,
+)
 from spd_fast.info import versions
 from spd_fast.models import pick_device
 from spd_fast.padim import PaDiM
@@ -100,56 +115,102 @@ def evaluate(config: EvaluateConfig) -> dict:
 def _evaluate(config: EvaluateConfig, device: torch.device) -> dict:
     started = time.perf_counter()
     out = make_output_dir(config.out)
+    with locked(out) if not rank() else nullcontext():
+        # What one process finds wrong ends all: none may wait for one that is gone.
+        jobs, failed, models, chosen = agreed(_prepare, config, out, device)
+        todo = [job for job in jobs if job.category.name not in failed and not _finished(out, job)]
+        barrier()  # nothing is written before all have seen what there is
+        for job in todo[rank() :: world_size()]:
+            name = job.category.name
+            try:
+                _evaluate_category(models, job, out)
+            except Exception as error:
+                failed[name] = _reason(error)
+                tqdm.write(f"{name} failed: {failed[name]}")
+        failed = of_all_ranks(failed)
+        return agreed(_conclude, config, jobs, failed, chosen, started, out)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A category, and the configuration with its own weights."""
+
+    category: Category
+    config: EvaluateConfig
+
+
+def _prepare(
+    config: EvaluateConfig, out: Path, device: torch.device
+) -> tuple[list[_Job], dict[str, str], "_Models", dict]:
+    """The jobs, why some can not be done, and the detector with the settings that it chose; what is
+    wrong with the data, the settings or the weights is said now."""
     _refuse_other_results(out, config)
+    if config.cache:
+        make_output_dir(config.cache)
     split = FEW_SHOT_POOL if config.protocol in SHOTS else config.protocol
     dataset = read_dataset(config.data, split, list(config.category) or None)
-    for category in dataset:
-        refuse_foreign(out / CATEGORIES / category.name, RESULT)
-        for told in refuse_leaks(category):
-            tqdm.write(f"{category.name}: {told}")
-    own = [_for_category(config, category) for category in dataset]
+    jobs = [_Job(category, _for_category(config, category)) for category in dataset]
     models = _Models(device)
-    models.of(own[0])  # what is wrong with the settings or the weights is said at once
+    chosen = _chosen(models.of(jobs[0].config))
     failed = {}
-    for category, its in list(zip(dataset, own))[rank() :: world_size()]:
-        if _finished(out, its, category):
-            tqdm.write(f"{category.name}: done before with these settings and files, results kept")
+    for job in jobs:
+        name = job.category.name
+        refuse_foreign(out / CATEGORIES / name, RESULT)
+        if _finished(out, job):
+            if not rank():
+                tqdm.write(f"{name}: done before with these settings and files, results kept")
+            continue
+        try:
+            told = find_leaks(job.category)
+        except InputError as error:
+            failed[name] = str(error)
         else:
-            try:
-                _evaluate_category(models, category, its, out)
-            except Exception as error:
-                failed[category.name] = _reason(error)
-                tqdm.write(f"{category.name} failed: {failed[category.name]}")
-    failed = of_all_ranks(failed)
-    barrier()
-    done = [_finished(out, its, category) for category, its in zip(dataset, own)]
-    if len(failed) == len(dataset):
-        raise InputError(failed[dataset[0].name])
+            for text in told if not rank() else ():
+                tqdm.write(f"{name}: {text}")
+    if not rank():  # what a killed process has left
+        for path in (out / CATEGORIES).glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+    return jobs, failed, models, chosen
+
+
+def _conclude(
+    config: EvaluateConfig, jobs: list[_Job], failed: dict, chosen: dict, started: float, out: Path
+) -> dict:
+    """Write what all processes found; the run."""
+    done = {job.category.name: _finished(out, job) for job in jobs}
+    for name, result in done.items():
+        if result:
+            failed.pop(name, None)
+        else:
+            failed.setdefault(name, "it was not done, for no reason that is known")
+    if not any(done.values()):
+        first = jobs[0].category.name
+        raise InputError(f"{first}: {failed[first]}" if len(jobs) > 1 else failed[first])
     if not rank():
         run = {
             "name": config.name or f"{config.method}, {config.weights}",
-            "config": _settings(config) | _chosen(models.of(own[0])),
+            "config": _settings(config) | chosen,
             "versions": versions(),
             "seconds": time.perf_counter() - started,
-            "categories": [result for result in done if result],
+            "categories": [result for result in done.values() if result],
             "failed": failed,
         }
         write_json(out / "results.json", run)
-        _tell(config, out)
+        _write_report(config, load_run(out))
     barrier()
     return load_run(out)
 
 
-def _tell(config: EvaluateConfig, out: Path) -> None:
-    run = load_run(out)
-    write_report([run], out / "report.html", f"Anomaly detection on {Path(config.data).name}")
+def _write_report(config: EvaluateConfig, run: dict) -> None:
+    report = run["dir"] / "report.html"
+    write_report([run], report, f"Anomaly detection on {Path(config.data).name}")
     print(format_table([run]))
     skipped = [reason for found in run["categories"] for reason in found["skipped"].values()]
     if skipped:
         print(f"{len(skipped)} images were skipped:", *skipped, sep="\n  ")
     for name, reason in run["failed"].items():
         print(f"{name} failed: {reason}")
-    print(f"report: {out / 'report.html'}")
+    print(f"report: {report}")
 
 
 def _reason(error: Exception) -> str:
@@ -199,7 +260,7 @@ def _for_category(config: EvaluateConfig, category: Category) -> EvaluateConfig:
 
 def _refuse_other_results(out: Path, config: EvaluateConfig) -> None:
     """They would be replaced one by one."""
-    for path in (out / CATEGORIES).glob(f"*/{RESULT}"):
+    for path in (out / CATEGORIES).glob(f"[!.]*/{RESULT}"):
         found = read_json(path).get("fingerprint", {})
         for name in ("method", "protocol"):
             held, wanted = found.get(name), getattr(config, name)
@@ -279,15 +340,20 @@ def _settings(config: EvaluateConfig) -> dict:
     return settings
 
 
-def _fingerprint(config: EvaluateConfig, category: Category) -> dict:
+def _fingerprint(job: _Job) -> dict:
     """If this is unchanged, so are a category's results. Files count by name, size and time."""
-    files = [Path(config.weights)] if Path(config.weights).is_file() else []
-    for sample in (*category.train, *category.test):
-        files += [sample.image] if sample.mask is None else [sample.image, sample.mask]
+    config, category = job.config, job.category
+    files = [("weights", Path(config.weights))] if Path(config.weights).is_file() else []
+    for part, samples in (("train", category.train), ("test", category.test)):
+        for sample in samples:
+            files += [
+                (f"{part} {sample.label}", file) for file in (sample.image, sample.mask) if file
+            ]
     digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    for what, file in files:
+        stat = file.stat() if file.exists() else None
+        found = f"{stat.st_size} {stat.st_mtime_ns}" if stat else "missing"
+        digest.update(f"{what} {file} {found}\n".encode())
     return _settings(config) | {
         "category": category.name,
         "files": digest.hexdigest(),
@@ -296,30 +362,30 @@ def _fingerprint(config: EvaluateConfig, category: Category) -> dict:
     }
 
 
-def _finished(out: Path, config: EvaluateConfig, category: Category) -> dict | None:
+def _finished(out: Path, job: _Job) -> dict | None:
     """The result of a category, if it is there and up to date."""
-    directory = out / CATEGORIES / category.name
+    name = job.category.name
+    directory = out / CATEGORIES / name
     if not (directory / RESULT).exists():
         return None
     stored = read_json(directory / RESULT)
-    if stored.get("fingerprint") != _fingerprint(config, category):
+    if stored.get("fingerprint") != _fingerprint(job):
         return None
-    if config.save_models and not (directory / f"{config.method}.pt").exists():
+    if job.config.save_models and not (directory / f"{job.config.method}.pt").exists():
         return None
     result = stored["result"]
     examples = [
-        example | {"file": f"{CATEGORIES}/{category.name}/{example['file']}"}
+        example | {"file": f"{CATEGORIES}/{name}/{example['file']}"}
         for example in result["examples"]
     ]
     return result | {"examples": examples}
 
 
-def _evaluate_category(
-    models: _Models, category: Category, config: EvaluateConfig, out: Path
-) -> None:
-    fingerprint = _fingerprint(config, category)
+def _evaluate_category(models: "_Models", job: _Job, out: Path) -> None:
+    config, name = job.config, job.category.name
+    fingerprint = _fingerprint(job)
     key = repr((sorted(fingerprint.items()), config.save_models))
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    key = hashlib.sha256(key.encode()).hexdigest()[:16]
     plan = Plan(
         method=config.method,
         protocol=config.protocol,
@@ -333,13 +399,16 @@ def _evaluate_category(
         skip_bad_images=config.skip_bad_images,
         save_models=config.save_models,
     )
+    unfinished = out / UNFINISHED / f"{name}-{key}"
+    for left in (out / UNFINISHED).glob(f"{name}-{'?' * 16}"):  # of other settings
+        if left != unfinished:
+            shutil.rmtree(left, ignore_errors=True)
     evaluate_category(
         models.of(config),
-        category,
+        job.category,
         plan,
-        unfinished=out / UNFINISHED / f"{category.name}-{digest}",
-        directory=make_output_dir(out / CATEGORIES) / category.name,
+        unfinished=unfinished,
+        directory=make_output_dir(out / CATEGORIES) / name,
         fingerprint=fingerprint,
+        key=key,
     )
-    for left in (out / UNFINISHED).glob(f"{category.name}-{'?' * 16}"):  # of other settings
-        shutil.rmtree(left, ignore_errors=True)

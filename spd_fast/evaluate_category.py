@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter
@@ -82,9 +82,11 @@ def evaluate_category(
     unfinished: Path,
     directory: Path,
     fingerprint: dict,
-) -> dict:
-    """Fit, score and measure; `directory` then holds the result, which is returned, beside the
-    `fingerprint` that tells whether it is still up to date.
+    key: str,
+) -> None:
+    """Fit, score and measure; `directory` then holds the result, beside the `fingerprint` that
+    tells whether it is still up to date. `key`, another one for every fingerprint, tells which
+    files belong together.
 
     Draws that are done, and the steps of a 2-class training, are kept below `unfinished` until all
     are; a later call with the same `unfinished` goes on from there.
@@ -99,20 +101,22 @@ def evaluate_category(
             title = f"{category.name}, draw {number + 1}" if k else category.name
             _evaluate_draw(model, shots, plan, place, title)
         draws.append(read_json(place / RESULT))
+    replicates = _mean_replicates([unfinished / f"draw_{i}" for i in range(len(draws))])
     result = {
         "name": category.name,
         "title": PAPER_NAMES.get(category.name, category.name),
+        "key": key,
         **_combined(draws),
+        "intervals": {name: bootstrap.interval(values) for name, values in replicates.items()},
     }
     with atomic_directory(directory, mark=RESULT) as temporary:
         first = unfinished / "draw_0"
         for path in first.iterdir():
             if path.name not in (RESULT, REPLICATES):
                 link_or_copy(path, temporary / path.name)
-        _write_replicates(temporary, [unfinished / f"draw_{i}" for i in range(len(draws))])
+        np.savez(temporary / REPLICATES, key=key, **replicates)
         write_json(temporary / RESULT, {"fingerprint": fingerprint, "result": result})
     shutil.rmtree(unfinished)
-    return result
 
 
 def _combined(draws: list[dict]) -> dict:
@@ -135,11 +139,10 @@ def _combined(draws: list[dict]) -> dict:
     return result
 
 
-def _write_replicates(directory: Path, draws: list[Path]) -> None:
-    """Of several draws the mean: they have the same test images, resampled alike."""
+def _mean_replicates(draws: list[Path]) -> dict[str, np.ndarray]:
+    """Over the draws: they have the same test images, resampled alike."""
     found = [np.load(draw / REPLICATES) for draw in draws]
-    means = {name: np.mean([each[name] for each in found], axis=0) for name in found[0].files}
-    np.savez(directory / REPLICATES, **means)
+    return {name: np.mean([each[name] for each in found], axis=0) for name in found[0].files}
 
 
 def _evaluate_draw(
@@ -153,7 +156,7 @@ def _evaluate_draw(
     finished = perf_counter()
     segments = not isinstance(model, Classifier)
     pixel = metrics.pixel_metrics(scored.maps, scored.masks, plan.compat) if segments else None
-    replicates, intervals = _bootstrap(scored, category.name, segments)
+    replicates = _bootstrap(scored, category.name, segments)
     measured = perf_counter()
     result = {
         "n_train": model.count,
@@ -161,7 +164,6 @@ def _evaluate_draw(
         "n_anomalous": int(scored.labels.sum()),
         "image": asdict(metrics.image_metrics(scored.scores, scored.labels)),
         "pixel": pixel and asdict(pixel),
-        "intervals": intervals,
         "test_set": _test_set(scored.samples),
         "curves": _curves(scored, segments),
         "skipped": skipped,
@@ -173,9 +175,11 @@ def _evaluate_draw(
     }
     with atomic_directory(directory, mark=RESULT) as temporary:
         np.savez(temporary / REPLICATES, **replicates)
-        _write_shown(scored, model.settings, temporary / SHOWN)
+        _write_shown(scored, model.settings, plan.cache, temporary / SHOWN)
         threshold = pixel.threshold if pixel else None
-        result["examples"] = _write_examples(scored, model.settings, temporary, threshold)
+        result["examples"] = _write_examples(
+            scored, model.settings, plan.cache, temporary, threshold
+        )
         if plan.save_models:
             model.save(temporary / f"{plan.method}.pt")
         write_json(temporary / RESULT, result)
@@ -188,6 +192,8 @@ def _fit(
         batches = _batches(category.train, model.settings, plan, skipped, f"{title}: fit")
         model.fit(images for _, images, _ in batches)
         return
+    if plan.protocol in SHOTS:  # k are k
+        plan = replace(plan, skip_bad_images=False)
     # every epoch needs all images: they stay in memory, resized and in bytes
     images = list(_read(category.train, model.settings, plan, skipped, f"{title}: read"))
     model.fit(
@@ -271,25 +277,19 @@ def _read(
                 yield item
 
 
-def _bootstrap(scored: Scored, name: str, segments: bool) -> tuple[dict, dict]:
-    """Replicates of the metrics, and their intervals: {"image": {"au_pr": (low, high), ...}, ...}.
-
-    The resampling depends on the category and the labels of its test images alone: replicates of
-    two detectors are paired."""
+def _bootstrap(scored: Scored, name: str, segments: bool) -> dict[str, np.ndarray]:
+    """Replicates of the metrics: "image_au_pr", "image_au_roc" and, of maps, "pixel_au_pr" and
+    "pixel_au_roc". The resampling depends on the category and the labels of its test images alone:
+    replicates of two detectors are paired."""
     counts = bootstrap.resample_counts(scored.labels, RESAMPLES, seed=0, key=name)
     found = {"image": bootstrap.image_replicates(scored.scores, scored.labels, counts)}
     if segments:
         found["pixel"] = bootstrap.pixel_replicates(scored.maps, scored.masks, counts)
-    intervals = {
-        level: {metric: bootstrap.interval(values) for metric, values in its.items()}
-        for level, its in found.items()
-    }
-    flat = {
+    return {
         f"{level}_{metric}": values
         for level, its in found.items()
         for metric, values in its.items()
     }
-    return flat, intervals
 
 
 def _test_set(samples: list[Sample]) -> str:
@@ -309,10 +309,10 @@ def _curves(scored: Scored, segments: bool) -> dict[str, list[list[float]]]:
     return rounded
 
 
-def _write_shown(scored: Scored, preset: Preset, path: Path) -> None:
+def _write_shown(scored: Scored, preset: Preset, cache: Path | None, path: Path) -> None:
     seen = scored.masks.any((1, 2))  # not where the defect lies outside the centre that was cut out
     first = int(np.argmax(seen if seen.any() else scored.labels))
-    picture = _picture(scored.samples[first], preset)
+    picture = _picture(scored.samples[first], preset, cache)
     np.savez(
         path,
         image=picture,
@@ -322,14 +322,19 @@ def _write_shown(scored: Scored, preset: Preset, path: Path) -> None:
     )
 
 
-def _picture(sample: Sample, preset: Preset) -> np.ndarray:
+def _picture(sample: Sample, preset: Preset, cache: Path | None) -> np.ndarray:
     """(h, w, 3) uint8: what the detector saw."""
-    pixels, _ = read_resized(sample, preset)
+    pixels, _ = read_resized(sample, preset, cache)
     return displayed_image(normalised(pixels))
 
 
 def _write_examples(
-    scored: Scored, preset: Preset, directory: Path, threshold: float | None, each: int = 2
+    scored: Scored,
+    preset: Preset,
+    cache: Path | None,
+    directory: Path,
+    threshold: float | None,
+    each: int = 2,
 ) -> list[dict]:
     """Pictures of the worst and best test images; one colour scale per category."""
     labels = scored.labels
@@ -349,7 +354,7 @@ def _write_examples(
         drawn.add(i)
         sample = scored.samples[i]
         path = directory / f"example_{number}.jpg"
-        picture = _picture(sample, preset)
+        picture = _picture(sample, preset, cache)
         sheet = example_sheet(picture, scored.maps[i], scored.masks[i], threshold, scale)
         sheet.save(path, quality=88)
         examples.append(

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from spd_fast.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -70,6 +75,27 @@ def make_output_dir(path: str | Path) -> Path:
             f"cannot write to the output directory {path}: {error.strerror}"
         ) from error
     return path
+
+
+@contextmanager
+def locked(directory: str | Path) -> Iterator[None]:
+    """While the block runs, no other process gets past this for the same directory. The system lets
+    go when the process ends, however it does. (Not on Windows.)
+
+    Raises:
+        InputError: another process is in there.
+    """
+    if fcntl is None:
+        yield
+        return
+    with open(Path(directory) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing to {directory}") from None
+        except OSError:  # a file system that cannot
+            pass
+        yield
 
 
 def refuse_inside(out: str | Path, data: str | Path) -> None:

@@ -137,9 +137,22 @@ def _compare(runs: list[dict]) -> list[dict]:
             "title": title,
             "mean": name is None,
             "cells": [_texts_and_best(cell) for cell in cells],
+            "small": [_small(by_name[0].get(name), *metric) for metric in metrics],
         }
         for name, title, cells in rows
     ]
+
+
+def _small(category: dict | None, level: str, key: str) -> list[str]:
+    """What stands below a number of the first run: its deviation over draws and its interval."""
+    found = []
+    deviation = ((category or {}).get(f"{level}_std") or {}).get(key)
+    if deviation is not None:
+        found.append(f"± {100 * deviation:.1f}")
+    interval = ((category or {}).get("intervals") or {}).get(f"{level}_{key}")
+    if interval:
+        found.append("[{:.1f}, {:.1f}]".format(*(100 * end for end in interval)))
+    return found
 
 
 def _differences(runs: list[dict]) -> list[dict]:
@@ -207,7 +220,8 @@ def _tables(runs: list[dict]) -> list[dict]:
     if len(runs) == 1:
         labels = [METRICS[key] for _, keys in levels for key in keys]
         groups = [(title, len(keys)) for title, keys in levels]
-        return [{"title": "Results", "groups": groups, "labels": labels, "rows": rows}]
+        table = {"title": "Results", "groups": groups, "labels": labels, "rows": rows}
+        return [table | {"small": any(text for row in rows for text in row["small"])}]
     tables, start = [], 0
     for title, keys in levels:
         part = slice(start, start + len(keys))
@@ -217,7 +231,8 @@ def _tables(runs: list[dict]) -> list[dict]:
                 "title": title,
                 "groups": [(METRICS[key], len(runs)) for key in keys],
                 "labels": [run["name"] for run in runs] * len(keys),
-                "rows": [row | {"cells": row["cells"][part]} for row in rows],
+                "rows": [row | {"cells": row["cells"][part], "small": []} for row in rows],
+                "small": False,
             }
         )
     return tables

@@ -17,7 +17,7 @@ from spd_fast.errors import InputError
 
 CATEGORIES = "categories"  # CATEGORIES/<name> has a category's RESULT, pictures and REPLICATES
 RESULT, REPLICATES = "result.json", "replicates.npz"
-STORED = 2  # version of what these hold: those of another one are made anew
+STORED = 3  # version of what these hold: those of another one are made anew
 # The first test image with a defect: "image" (h, w, 3) uint8, "mask" (h, w) bool, "map" (h, w) and
 # the category's colour "scale", so that maps of several detectors can be drawn side by side.
 SHOWN = "shown.npz"
@@ -104,13 +104,22 @@ def replicates(run: dict, level: str, metric: str, names: Iterable[str]) -> np.n
     """(n,): the replicates of the mean over the categories, as fractions of 1.
 
     Raises:
-        InputError: a category's file is missing or damaged.
+        InputError: a category's file is missing or damaged, or does not belong to the run: a later
+            evaluation in the same directory was interrupted.
     """
+    keys = {category["name"]: category.get("key") for category in run["categories"]}
     found = []
     for name in names:
         path = Path(run["dir"]) / CATEGORIES / name / REPLICATES
         try:
-            found.append(np.load(path)[f"{level}_{metric}"])
+            stored = np.load(path)
+            key, values = str(stored["key"]), stored[f"{level}_{metric}"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"cannot read the replicates in {path}: {error}") from error
+        if key != keys.get(name):
+            raise InputError(
+                f"{path} is not of the run in {run['dir']}/results.json, but of a later one that "
+                "was interrupted: finish that one, or do this one again"
+            )
+        found.append(values)
     return bootstrap.mean_replicates(found)

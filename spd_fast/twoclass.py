@@ -2,6 +2,7 @@
 segments them, both fine-tuned with the focal loss from a pre-trained backbone."""
 
 import copy
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -98,8 +100,8 @@ class TwoClass(nn.Module, ABC):
         """The network around a ResNet, whose weights it takes over; new layers are drawn."""
 
     @abstractmethod
-    def loss_inputs(self, output: Tensor, labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and their targets, from the network's output and the truth of a batch."""
+    def truth(self, labels, masks):
+        """Which of the two the network learns, of one image or of a batch."""
 
     @abstractmethod
     def maps_and_scores(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,8 +119,10 @@ class TwoClass(nn.Module, ABC):
     ) -> "TwoClass":
         """Fine-tune from the pre-trained backbone, all layers, on images of both kinds.
 
-        Every step is a pure function of the state, the seed and its number, so a training that goes
-        on from `checkpoint` ends as one that was never interrupted.
+        The loss is the focal loss, as its paper normalises it: by the number of anomalous items,
+        here that of the mean batch, so it is the mean over all divided by the anomalous share of
+        the training set. Every step is a pure function of the state, the seed and its number, so
+        a training that goes on from `checkpoint` ends as one that was never interrupted.
 
         Args:
             data: data[i] is image (3, H, W) float32 normalised, label 0 or 1, and mask (H, W) bool;
@@ -128,7 +132,8 @@ class TwoClass(nn.Module, ABC):
             progress: show a bar called `title`.
 
         Raises:
-            InputError: no images, a checkpoint of another training, or a loss that is not finite.
+            InputError: no images or only one class, a checkpoint of another training, or a loss
+                that is not finite.
         """
         if not len(data):
             raise InputError("there is no image to fit")
@@ -143,16 +148,19 @@ class TwoClass(nn.Module, ABC):
             momentum=training.momentum,
             weight_decay=training.weight_decay,
         )
-        key = asdict(training) | {"steps": steps, "images": len(data), "model": self.format}
+        share = self._anomalous_share(data)
+        key = asdict(training) | {"steps": steps, "images": len(data), "share": share}
+        key |= {"model": self.format, "seed": self.seed, "start": _digest(self._start)}
         step = _resume(checkpoint, key, network, optimizer)
         bar = tqdm(total=steps, initial=step, desc=title, unit="step", disable=not progress)
         batches = self._batches(data, training, range(step, steps), workers)
         with bar:
             for images, labels, masks in batches:
-                logits, truth = self.loss_inputs(network(images), labels, masks)
+                logits, truth = network(images)[:, 0], self.truth(labels, masks)
                 loss = sigmoid_focal_loss(
                     logits, truth, training.alpha, training.gamma, reduction="mean"
                 )
+                loss = loss / share
                 if not math.isfinite(shown := loss.item()):
                     raise InputError(f"the loss of step {step + 1} is {shown}: try a lower lr")
                 optimizer.zero_grad()
@@ -166,6 +174,14 @@ class TwoClass(nn.Module, ABC):
         self.network = network.eval()
         self.count, self.image_size = len(data), tuple(data[0][0].shape[1:])
         return self
+
+    def _anomalous_share(self, data: Sequence) -> float:
+        """Of all images, or pixels, of the training set."""
+        truth = [self.truth(label, mask) for _, label, mask in data]
+        share = float(np.mean([np.asarray(part).mean() for part in truth]))
+        if not 0 < share < 1:
+            raise InputError(f"all is {'anomalous' if share else 'normal'}: nothing to tell apart")
+        return share
 
     def _batches(
         self, data: Sequence, training: Training, steps: Iterable[int], workers: int
@@ -249,8 +265,8 @@ class Classifier(TwoClass):
         backbone.fc = nn.Linear(backbone.fc.in_features, 1)
         return backbone
 
-    def loss_inputs(self, output, labels, masks):
-        return output[:, 0], labels
+    def truth(self, labels, masks):
+        return labels
 
     def maps_and_scores(self, images):
         net = self.network
@@ -282,8 +298,8 @@ class UNet(TwoClass):
         network.encoder.load_state_dict(backbone.state_dict())  # it leaves fc out
         return network
 
-    def loss_inputs(self, output, labels, masks):
-        return output[:, 0], masks
+    def truth(self, labels, masks):
+        return masks
 
     def maps_and_scores(self, images):
         maps = self.network(images)[:, 0]
@@ -297,6 +313,13 @@ def _segmentation_models():
     except ImportError:
         raise InputError("the U-Net needs: pip install 'spd-fast[paper]'") from None
     return segmentation_models_pytorch
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _save_training(path: str | Path, key: dict, network, optimizer, step: int) -> None:

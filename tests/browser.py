@@ -28,23 +28,29 @@ def ask(page: Path, width: int, question: str, directory: Path) -> tuple[object,
         pytest.skip("there is no Chromium")
     probe = f"""<script>
     window.addEventListener("load", () => {{
-      const answer = document.createElement("pre");
-      answer.id = "answer";
       let found;
       try {{ found = (() => {{ {question} }})(); }} catch (error) {{ console.error(error.stack); }}
-      answer.textContent = encodeURIComponent(JSON.stringify(found));
-      document.documentElement.append(answer);
+      parent.postMessage(encodeURIComponent(JSON.stringify(found)), "*");
     }});
     </script>"""
     copy = page.with_name(f"asked_{page.name}")  # beside it, for relative addresses
     copy.write_text(page.read_text(encoding="utf-8") + probe, encoding="utf-8")
-    command = [browser, *FLAGS, f"--user-data-dir={directory}", f"--window-size={width},900"]
+    frame = page.with_name(
+        f"frame_{page.name}"
+    )  # a window is at least 500 pixels wide, not a frame
+    frame.write_text(
+        f"""<!DOCTYPE html><pre id="answer"></pre><script>
+        addEventListener("message", (event) => {{ answer.textContent = event.data; }});
+        </script><iframe src="{copy.name}" width="{width}" height="900"></iframe>"""
+    )
+    command = [browser, *FLAGS, f"--user-data-dir={directory}", f"--window-size={width + 100},1000"]
     done = subprocess.run(
-        [*command, copy.resolve().as_uri()], capture_output=True, text=True, timeout=120
+        [*command, frame.resolve().as_uri()], capture_output=True, text=True, timeout=120
     )
     copy.unlink()
+    frame.unlink()
     complaints = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    answer = re.search(r'<pre id="answer">([^<]*)</pre>', done.stdout)
+    answer = re.search(r'<pre id="answer">([^<]+)</pre>', done.stdout)
     assert answer, f"no answer, status {done.returncode}: {done.stderr[-2000:]} {complaints}"
     text = unquote(answer[1])
     return (json.loads(text) if text != "undefined" else None), complaints

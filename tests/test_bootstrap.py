@@ -331,22 +331,17 @@ EMPTY = np.zeros((4, 3, 3), bool)
         (lambda g: image_replicates(g.scores, g.labels, g.counts[:, :3]), r"shape \(2, 3\)"),
         (lambda g: image_replicates(g.scores, g.labels, g.counts[0]), r"shape \(4,\)"),
         (lambda g: image_replicates(g.scores, g.labels, g.counts[:0]), r"shape \(0, 4\)"),
-        (lambda g: image_replicates(g.scores, g.labels, [[1, 0, 2, 0]]), "one class only"),
         (lambda g: pixel_replicates(g.maps * np.nan, g.masks, g.counts), "36 scores are NaN"),
         (lambda g: pixel_replicates(g.maps, g.masks[:3], g.counts), "4 scores but 3"),
         (lambda g: pixel_replicates(g.maps, g.masks[:, :2], g.counts), "mask of image 0"),
         (lambda g: pixel_replicates(g.maps, EMPTY, g.counts), "everything is normal"),
         (lambda g: pixel_replicates(g.maps, g.masks, g.counts.T), r"shape \(4, 2\)"),
-        (
-            lambda g: pixel_replicates(g.maps, g.masks * g.labels[:, None, None], [[1, 0, 3, 0]]),
-            "one class",
-        ),
-        (lambda g: interval([]), "finite numbers"),
-        (lambda g: interval(NAN), "finite numbers"),
+        (lambda g: interval([]), "0 of them finite"),
+        (lambda g: interval([np.nan, np.nan, 1.0]), "1 of them finite"),
         (lambda g: interval(g.counts), r"\(2, 4\) replicates"),
         (lambda g: interval(g.scores, 95), "the level is 95"),
         (lambda g: difference(g.scores, g.scores[:3]), r"shapes \(4,\) and \(3,\)"),
-        (lambda g: difference(g.scores, NAN), "finite numbers"),
+        (lambda g: difference(g.scores, NAN * np.nan), "0 of them finite"),
         (lambda g: mean_replicates([]), "replicates have shapes"),
         (lambda g: mean_replicates([g.scores, g.scores[:3]]), r"shapes \[\(3,\), \(4,\)\]"),
     ],
@@ -354,3 +349,19 @@ EMPTY = np.zeros((4, 3, 3), bool)
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(GOOD)
+
+
+def test_resamples_of_one_class_have_no_value_and_are_left_out():
+    scores, labels = np.array([0.1, 0.4, 0.3, 0.9]), np.array([0, 1, 0, 1])
+    counts = [[1, 0, 2, 0], [1, 1, 1, 1], [0, 2, 1, 1]]
+    found = image_replicates(scores, labels, counts)
+    for values in found.values():
+        assert np.isnan(values).tolist() == [True, False, False]
+        assert interval(values) == interval(values[1:])
+    apart = difference(found["au_roc"], found["au_roc"])
+    assert (apart["low"], apart["high"]) == (0, 0)
+    maps, masks = scores[:, None, None] * np.ones((4, 2, 2)), np.zeros((4, 2, 2), bool)
+    masks[1, 0, 0] = True  # the other anomalous image's defect is out of sight
+    found = pixel_replicates(maps, masks, [[1, 0, 1, 2], [1, 1, 1, 1]])
+    for values in found.values():
+        assert np.isnan(values).tolist() == [True, False]

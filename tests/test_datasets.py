@@ -8,7 +8,7 @@ import pytest
 from trees import outline, reorganise, touch, write_csv, write_mvtec, write_splits, write_visa
 
 from spd_fast.datasets import PROTOCOLS, Category, Sample, check, draw_shots, read_dataset
-from spd_fast.datasets.leaks import refuse_leaks
+from spd_fast.datasets.leaks import find_leaks
 from spd_fast.datasets.visa import (
     PAPER_NAMES,
     TABLE_1,
@@ -368,18 +368,18 @@ def small_mvtec(root):
 def test_images_in_training_and_test_are_refused(tmp_path):
     root = small_mvtec(tmp_path / "mvtec")
     (category,) = read_dataset(root)
-    assert refuse_leaks(category) == []
+    assert find_leaks(category) == []
     train, test = root / "nut/train/good", root / "nut/test/good"
     shutil.copy(train / "001.png", test / "009.png")
-    (told,) = refuse_leaks(read_dataset(root)[0])
+    (told,) = find_leaks(read_dataset(root)[0])
     assert told.endswith("009.png has the same bytes as training image " + str(train / "001.png"))
     (test / "009.png").unlink()
     for leak in (shutil.copy, os.link):
         (test / "001.png").unlink()
         leak(train / "001.png", test / "001.png")
         with pytest.raises(InputError, match="nut has test images in its training set: .*001.png"):
-            refuse_leaks(read_dataset(root)[0])
+            find_leaks(read_dataset(root)[0])
     (test / "001.png").unlink()
     (test / "007.png").symlink_to(train / "001.png")
     with pytest.raises(InputError, match="007.png is .*train/good/001.png"):
-        refuse_leaks(read_dataset(root)[0])
+        find_leaks(read_dataset(root)[0])

@@ -3,6 +3,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from trees import small_visa
 
 from spd_fast import InputError
 from spd_fast.cli import main
-from spd_fast.evaluate import EvaluateConfig, evaluate
+from spd_fast.evaluate import EvaluateConfig, _settings, evaluate
+from spd_fast.files import locked
 from spd_fast.padim import PaDiM
 from spd_fast.threads import in_threads
 
@@ -291,29 +293,110 @@ def test_a_category_that_fails_does_not_stop_the_others(tmp_path, capsys):
     assert [found["name"] for found in run["categories"]] == ["board", "nut"] and not run["failed"]
 
 
+RANKS = """
+import sys
+from pathlib import Path
+from spd_fast import evaluate, evaluate_category
+from spd_fast.cli import main
+from spd_fast.distributed import rank
+from spd_fast.errors import InputError
+fit, new = evaluate_category._fit, evaluate._new_detector
+def told(model, category, *arguments):
+    Path(f"{sys.argv[-1]}_{category.name}_{rank()}").touch()
+    if "second" in sys.argv[1] and rank():
+        raise InputError("a category of the second process")
+    return fit(model, category, *arguments)
+def failing(*arguments):
+    if "first" in sys.argv[1] and rank():
+        raise InputError("the second process alone")
+    return new(*arguments)
+evaluate_category._fit, evaluate._new_detector = told, failing
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def two_processes(kind, visa, out) -> subprocess.CompletedProcess:
+    script = out.with_suffix(".py")
+    script.write_text(RANKS)
+    arguments = ["evaluate", "--data", str(visa), "--weights", "random", "--n-features", "20"]
+    arguments += ["--batch-size", "4", "--out", str(out)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*command, str(script), kind, *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
 def test_processes_share_the_categories(visa, tmp_path):
-    one = evaluate(config(visa, tmp_path / "one"))
-    arguments = ["--data", str(visa), "--weights", "random", "--n-features", "20"]
-    arguments += ["--batch-size", "4", "--out", str(tmp_path / "two")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    command += ["--nproc-per-node=2", sys.executable, "-m", "spd_fast.cli", "evaluate"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    done = two_processes("sound", visa, tmp_path / "two")
     assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.glob("two_*")) == ["two_board_0", "two_nut_1"]
     assert done.stdout.count("report:") == 1
     two = json.loads((tmp_path / "two" / "results.json").read_text())
+    one = evaluate(config(visa, tmp_path / "one"))
     for a, b in zip(one["categories"], two["categories"], strict=True):
         for level, name in (("image", "au_roc"), ("image", "au_pr"), ("pixel", "au_pr")):
             assert b[level][name] == pytest.approx(a[level][name], rel=1e-3)
+
+
+def test_what_one_process_finds_wrong_ends_all(visa, tmp_path):
+    done = two_processes("first", visa, tmp_path / "out")
+    assert done.returncode != 0
+    assert done.stderr.count("spd-fast: the second process alone") == 2
+    assert not list(tmp_path.glob("out_*")) and not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_category_that_fails_in_one_process(visa, tmp_path):
+    done = two_processes("second", visa, tmp_path / "out")
+    assert done.returncode != 0 and "nut failed: a category of the second process" in done.stdout
+    run = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [found["name"] for found in run["categories"]] == ["board"]
+    assert run["failed"] == {"nut": "a category of the second process"}
+
+
+def test_two_runs_in_one_directory(visa, tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(InputError, match="another process is writing to"):
+            evaluate(config(visa, tmp_path))
+    evaluate(config(visa, tmp_path, category=("board",)))
+
+
+NOT_RESULTS = {"out", "name", "batch_size", "workers", "cache", "device", "compile", "save_models"}
+
+
+@pytest.mark.parametrize("method", ["padim", "unet"])
+def test_every_setting_that_changes_numbers_makes_them_anew(method):
+    protocol = {"padim": "1cls", "unet": "5shot"}[method]
+    plain = EvaluateConfig("data", "out", protocol=protocol, method=method, iterations=3)
+    other = {str: "other", int: 7, float: 0.3, bool: True, tuple: ("x",), type(None): 9}
+    without = set(NOT_RESULTS)
+    if method == "padim":
+        without |= {"iterations", "lr", "train_batch_size", "flips", "draws"}
+    for field in fields(EvaluateConfig):
+        if field.name in ("method", "protocol", "epochs"):  # epochs: instead of iterations
+            continue
+        value = getattr(plain, field.name)
+        new = not value if isinstance(value, bool) else other[type(value)]
+        changed = _settings(replace(plain, **{field.name: new})) != _settings(plain)
+        assert changed == (field.name not in without) or field.name in (
+            "protocol",
+            "method",
+            "epochs",
+        )
 
 
 def test_intervals_and_replicates(visa, tmp_path):
     run = evaluate(config(visa, tmp_path, category=("board",)))
     (board,) = run["categories"]
     stored = np.load(tmp_path / "categories/board/replicates.npz")
-    for level in ("image", "pixel"):
-        for name, (low, high) in board["intervals"][level].items():
-            assert 0 <= low <= board[level][name] + 0.02 and high <= 1 and low < high + 1e-12
-            assert stored[f"{level}_{name}"].shape == (1000,)
+    assert board["intervals"].keys() == {
+        f"{level}_{name}" for level in ("image", "pixel") for name in ("au_pr", "au_roc")
+    }
+    for name, interval in board["intervals"].items():
+        assert interval == list(np.quantile(stored[name], [0.025, 0.975]))
+        assert stored[name].shape == (1000,)
+    assert 0 < board["intervals"]["pixel_au_pr"][0] < board["pixel"]["au_pr"]
+    page = (tmp_path / "report.html").read_text()
+    assert "[{:.1f}, {:.1f}]".format(*(100 * x for x in board["intervals"]["pixel_au_pr"])) in page
     other = evaluate(config(visa, tmp_path / "other", category=("board",), seed=3))
     assert other["categories"][0]["test_set"] == board["test_set"]
 
@@ -339,3 +422,17 @@ def test_a_leak_is_refused_before_anything_is_fitted(tmp_path):
     with pytest.raises(InputError, match="has test images in its training set: .*009.JPG"):
         evaluate(config(root, tmp_path / "out"))
     assert not (tmp_path / "out" / "unfinished").exists()
+
+
+def test_defects_out_of_sight_do_not_fail_a_category(tmp_path):
+    """Of most anomalous images the centre that is cut out has no defect."""
+    root = small_visa(tmp_path / "visa", ("board",), anomalous=12)
+    for number in range(1, 12):
+        mask = np.zeros((60, 80), np.uint8)
+        mask[30, 0] = 1
+        Image.fromarray(mask).save(root / f"board/Data/Masks/Anomaly/{number:03d}.png")
+    (board,) = evaluate(config(root, tmp_path / "out"))["categories"]
+    replicates = np.load(tmp_path / "out/categories/board/replicates.npz")["pixel_au_pr"]
+    assert 0.2 < np.isnan(replicates).mean() < 0.5  # (11 / 12)^12 = 0.35
+    low, high = board["intervals"]["pixel_au_pr"]
+    assert 0 <= low <= high <= 1

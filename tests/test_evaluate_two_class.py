@@ -34,7 +34,9 @@ def config(visa, directory, **changes) -> EvaluateConfig:
 @pytest.mark.parametrize("method", ["classifier", "unet"])
 def test_high_shot(visa, tmp_path, method):
     steps = {"classifier": 12, "unet": 40}[method]
-    settings = dict(method=method, protocol="2cls_highshot", save_models=True, iterations=steps)
+    lr = {"classifier": 0.02, "unet": 0.002}[method]
+    settings = dict(method=method, protocol="2cls_highshot", save_models=True)
+    settings |= dict(iterations=steps, lr=lr)
     run = evaluate(config(visa, tmp_path, **settings))
     (board,) = run["categories"]
     assert (board["n_train"], board["n_test"], board["n_anomalous"]) == (36, 24, 12)
@@ -59,6 +61,10 @@ def test_few_shots_are_the_mean_of_draws(visa, tmp_path):
     assert board["pixel_std"]["au_pr"] == pytest.approx(np.std(draws, ddof=1))
     assert board["image"]["threshold"] == board["draws"][0]["image"]["threshold"]
     assert not list((tmp_path / "out" / "unfinished").iterdir())
+    stored = np.load(tmp_path / "out/categories/board/replicates.npz")
+    assert board["intervals"].keys() == {k for k in stored.files if k != "key"}
+    for name, interval in board["intervals"].items():
+        assert interval == list(np.quantile(stored[name], [0.025, 0.975]))
     # draws are numbered: the first two are those of a run with two
     two = evaluate(config(visa, tmp_path / "two", **few | {"draws": 2}))
     assert [d["pixel"]["au_pr"] for d in two["categories"][0]["draws"]] == draws[:2]

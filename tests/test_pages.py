@@ -1,10 +1,13 @@
 """The reports in a browser, wide and as on a phone."""
 
+from pathlib import Path
+
 import pytest
 from browser import ask
 from test_report import category, numbers, save_run
 from trees import small_visa
 
+import spd_fast
 from spd_fast.evaluate import EvaluateConfig
 from spd_fast.report import write_report
 from spd_fast.reproduce import ReproduceConfig, reproduce
@@ -12,11 +15,12 @@ from spd_fast.reproduce import ReproduceConfig, reproduce
 # What must hold of every page.
 SOUND = """
 const images = [...document.images];
-const wide = document.documentElement.scrollWidth;
+const root = document.documentElement;
 const found = {
-  overflow: wide > window.innerWidth ? wide : 0,
-  unseen: images.filter(
-    (image) => !(image.complete && image.naturalWidth && image.getClientRects().length)).length,
+  width: window.innerWidth,
+  overflow: root.scrollWidth - root.clientWidth,
+  unseen: images.filter((image) => !(
+    image.complete && image.naturalWidth && image.getBoundingClientRect().width)).length,
   images: images.length,
   silent: images.filter((image) => !image.alt.trim()).length,
   unnamed: [...document.querySelectorAll("button, input")].filter(
@@ -33,7 +37,8 @@ const buttons = table.tHead.querySelectorAll("button");
 """
 
 
-def sound(found: dict, images: int) -> None:
+def sound(found: dict, images: int, width: int) -> None:
+    assert found["width"] == width
     assert found["images"] == images > 0
     for name in ("overflow", "unseen", "silent", "unnamed", "lost"):
         assert found[name] == 0, name
@@ -71,8 +76,8 @@ def test_report(report, width, tmp_path):
         found.without = titles();
         buttons[2].click();
         buttons[0].click();
-        buttons[0].click();
         found.named = titles();
+        buttons[0].click();
         buttons[0].click();
         const shown = (name) => [...document.querySelectorAll(`[data-category=${name}]`)]
             .filter((element) => element.getClientRects().length).length;
@@ -93,7 +98,7 @@ def test_report(report, width, tmp_path):
     )
     found, complaints = ask(report, width, question, tmp_path)
     assert complaints == []
-    sound(found, images=4 * 2)
+    sound(found, 4 * 2, width)
     before = ["Candle", "Pcb1", "Cashew", "Fryum", "Mean"]
     assert found["before"] == found["again"] == before
     assert found["buttons"] == 1 + 9 and found["low"] >= 32
@@ -108,6 +113,57 @@ def test_report(report, width, tmp_path):
     assert found["note"].startswith("3 of 4 categories are shown")
     assert found["none"] == ["Mean"]
     assert found["back"] == [before, found["all"], ""]
+
+
+def test_wide_tables_and_long_names_on_a_phone(tmp_path):
+    runs, long = [], "a_name_of_a_folder_that_is_quite_long_without_any_space_in_it"
+    for i in range(3):
+        root = tmp_path / f"run{i}"
+        better = numbers(au_roc=0.5 + i / 10, max_f1=0.5 + i / 10)  # the last one is marked
+        found = [category(root, n, image=better, n_examples=1) for n in (long, "pcb1")]
+        runs.append(save_run(root, f"{long}{i}", found))
+    write_report(runs, tmp_path / "report.html", "A report")
+    question = (
+        SOUND
+        + TABLE
+        + """
+        document.querySelector("[data-filter] details").open = true;
+        found.overflow = root.scrollWidth - root.clientWidth;
+        found.names = table.tBodies[0].rows[0].cells[0].getBoundingClientRect().width;
+        return found;
+        """
+    )
+    found, complaints = ask(tmp_path / "report.html", 390, question, tmp_path / "profile")
+    assert complaints == []
+    sound(found, 3 * 2, 390)
+    assert found["names"] < 390 / 2  # the column that does not scroll leaves room for the others
+
+
+OTHER = """<!DOCTYPE html><table data-sortable>
+<thead><tr><th>Name<th>Kind<th colspan=2>Change</thead>
+<tbody><tr class=section><th colspan=4>Some<tr><th>a<td>one<td>+9<td>1<tr><th>b<td>–<td>−30<td>2
+<tr class=section><th colspan=4>More<tr><th>c<td>two<td>–<td>3<tr><th>d<td>a third<td>10.5<td>4
+<tr class=mean><th>Mean<td><td>0<td>0</tbody></table><script>%s</script>"""
+
+
+def test_any_table(tmp_path):
+    script = Path(spd_fast.__file__).parent / "templates" / "table.js"
+    page = tmp_path / "page.html"
+    page.write_text(OTHER % script.read_text(encoding="utf-8"), encoding="utf-8")
+    question = """
+    const order = () => [...document.querySelectorAll("tbody tr:not(.off)")].map(
+      (row) => row.cells[0].textContent.trim()).join(" ");
+    return [...document.querySelectorAll("button")].map(
+      (button) => [1, 2, 3].map(() => { button.click(); return order(); }));
+    """
+    found, complaints = ask(page, 800, question, tmp_path / "profile")
+    original = "Some a b More c d Mean"
+    assert complaints == []
+    assert found == [
+        ["a b c d Mean", "d c b a Mean", original],
+        ["d a c b Mean", "c a d b Mean", original],  # a third, one, two
+        ["d a b c Mean", "b a d c Mean", original],
+    ]
 
 
 def test_a_page_that_complains_is_noticed(tmp_path):
@@ -138,7 +194,7 @@ return found;
 def test_reproduced_tables(reproduced, width, tmp_path):
     found, complaints = ask(reproduced, width, SOUND + REPRODUCED, tmp_path)
     assert complaints == []
-    sound(found, images=3)  # figures 7, 8 and 12
+    sound(found, 3, width)  # figures 7, 8 and 12
     assert found["tables"] == [8, 13 + 3]  # of table 7 with its three sections
     assert found["before"][:2] == ["Complex structure", "PCB1"] and found["before"][-1] == "Mean"
     assert (found["sorted"][0], found["sorted"][-1]) == ("PCB1", "Mean")

@@ -8,6 +8,7 @@ import numpy as np
 
 from spd_fast.datasets import Sample
 from spd_fast.datasets.images import read_image, read_mask
+from spd_fast.errors import InputError
 from spd_fast.files import atomic_path
 from spd_fast.preprocess import Preset, prepare_mask, resized_image
 
@@ -20,8 +21,8 @@ def read_resized(
     """Pixels (size, size, 3) as `resized_image` makes them, and the mask (size, size) bool.
 
     In `cache`, a directory, they are kept for the next time: one file per image, found by the path,
-    size and time of image and mask and by the preset. A damaged file there is made anew, and
-    nothing else may be lost by deleting the directory.
+    size and time of image and mask and by the preset. A damaged file there is made anew;
+    nothing is lost by deleting the directory, nor where it cannot be written to.
 
     Raises:
         InputError: the image or its mask cannot be read, or they differ in size.
@@ -35,9 +36,12 @@ def read_resized(
     except (OSError, ValueError, EOFError):  # not there, cut off, not one of ours
         pass
     pixels, mask = _resize(sample, preset)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, np.concatenate([pixels, mask[..., None].astype(pixels.dtype)], axis=2))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate([pixels, mask[..., None].astype(pixels.dtype)], axis=2))
+    except (OSError, InputError):  # the disk is full: no fault of the image
+        pass
     return pixels, mask
 
 

@@ -1,6 +1,5 @@
 """Images that are in the training and in the test set of a category."""
 
-import os
 from collections import defaultdict
 from hashlib import sha256
 from pathlib import Path
@@ -9,7 +8,7 @@ from spd_fast.datasets import Category
 from spd_fast.errors import InputError
 
 
-def refuse_leaks(category: Category) -> list[str]:
+def find_leaks(category: Category) -> list[str]:
     """Refuse a category whose test set has images of its training set.
 
     An image is in both if it is one file, or if two files of one name have the same bytes. Two with
@@ -24,22 +23,25 @@ def refuse_leaks(category: Category) -> list[str]:
     """
     by_size = defaultdict(lambda: ([], []))  # training and test images
     for part, samples in enumerate((category.train, category.test)):
-        for sample in samples:
-            by_size[os.stat(sample.image).st_size][part].append(sample.image)
+        for path in (sample.image for sample in samples):
+            if path.exists():  # that it does not is said by who reads it
+                by_size[path.stat().st_size][part].append(path)
     told = []
     for train, test in by_size.values():
         if not (train and test):
             continue
-        known = {_digest(path): path for path in train}
+        known = defaultdict(list)
+        for path in train:
+            known[_digest(path)].append(path)
         for path in test:
-            twin = known.get(_digest(path))
-            if twin is None:
-                continue
-            if path.name == twin.name or path.samefile(twin):
-                raise InputError(
-                    f"{category.name} has test images in its training set: {path} is {twin}"
-                )
-            told.append(f"test image {path} has the same bytes as training image {twin}")
+            twins = known.get(_digest(path), ())
+            for twin in twins:
+                if path.name == twin.name or path.samefile(twin):
+                    raise InputError(
+                        f"{category.name} has test images in its training set: {path} is {twin}"
+                    )
+            if twins:
+                told.append(f"test image {path} has the same bytes as training image {twins[0]}")
     return told
 
 

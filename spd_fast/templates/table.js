@@ -9,13 +9,15 @@ function makeSortable(table) {
   const original = [...body.rows];
   const heads = lowestHeads(table.tHead);
   heads.forEach((head, column) => {
+    if (heads.indexOf(head) !== column) return;  // of a wider heading the first column counts
+    const texts = original.some((row) => typeof value(row.cells[column]) === "string");
+    const orders = [null, ...(texts ? ["ascending", "descending"] : ["descending", "ascending"])];
     const button = document.createElement("button");
     button.type = "button";
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const before = head.getAttribute("aria-sort");
-      const order = { null: "descending", descending: "ascending", ascending: null }[before];
+      const order = orders[(orders.indexOf(head.getAttribute("aria-sort")) + 1) % 3];
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       if (order) head.setAttribute("aria-sort", order);
       body.append(...sorted(original, column, order));
@@ -48,18 +50,18 @@ function sorted(rows, column, order) {
   const free = rows.filter((row) => !last(row)).sort((a, b) => {
     const [x, y] = [values.get(a), values.get(b)];
     if (x === null || y === null) return (x === null) - (y === null);  // no value: always behind
-    return sign * (typeof x === "number" ? x - y : x.localeCompare(y));
+    const numbers = typeof x === "number" && typeof y === "number";
+    return sign * (numbers ? x - y : String(x).localeCompare(String(y)));
   });
   return [...free, ...rows.filter(last)];
 }
 
-// The number that a cell begins with, its text, or null if it has neither.
+// The number that a cell begins with, else its text, or null if it is empty or a dash.
 function value(cell) {
-  if (!cell) return null;
-  const text = cell.textContent.trim();
-  if (cell.tagName === "TH") return text;
-  const number = parseFloat(text.replace("−", "-").replace("▸", ""));
-  return Number.isNaN(number) ? null : number;
+  const text = cell ? cell.textContent.trim() : "";
+  if (text === "" || text === "–") return null;
+  const number = parseFloat(text.replace("−", "-"));
+  return cell.tagName === "TH" || Number.isNaN(number) ? text : number;
 }
 
 function isSection(row) {
@@ -78,11 +80,12 @@ function makeFilter(place) {
   const fields = document.createElement("fieldset");
   const legend = document.createElement("legend");
   const summary = document.createElement("summary");
+  const both = document.createElement("div");
   const status = document.createElement("p");
   summary.textContent = "Filter categories";
   legend.textContent = "Categories that are shown";
   status.setAttribute("role", "status");
-  fields.append(legend);
+  fields.append(legend, both);
   const boxes = [...titles].map(([name, title]) => {
     const label = document.createElement("label");
     const box = document.createElement("input");
@@ -102,7 +105,7 @@ function makeFilter(place) {
       boxes.forEach((box) => { box.checked = checked; });
       update();
     });
-    fields.append(button);
+    both.append(button, " ");
   }
   details.append(summary, fields);
   place.append(details, status);
