@@ -274,8 +274,8 @@ def _add_reproduce(commands) -> None:
         "targets",
         nargs="+",
         metavar="TARGET",
-        help="table2 to table14, figure7, figure8, figure11, figure12, curves; table2 brings all "
-        "figures but 11 with it",
+        help="table2 to table14, figure7, figure8, figure11, figure12, curves; table2 brings "
+        "figures 7, 8 and 12 with it",
     )
     add("--visa", help="root of VisA, in either layout")
     add("--mvtec", help="root of MVTec-AD")

@@ -30,7 +30,9 @@ def write_page(
     page = template("reproduce.html.j2").render(
         title=TITLE,
         warnings=_unlike_the_paper(config, compared),
-        draws=any(c.ours and c.ours.std for _, rows in compared for r in rows for c in r.cells),
+        draws=any(
+            c.ours and c.ours.std is not None for _, rows in compared for r in rows for c in r.cells
+        ),
         tables=[_table(table, rows) for table, rows in compared],
         figures=[_figure(figure, path.parent) for figure in figures],
         reports=list(reports.items()),
