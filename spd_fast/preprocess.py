@@ -45,7 +45,7 @@ def prepare_image(image: np.ndarray, preset: Preset) -> Tensor:
 
 def resized_image(image: np.ndarray, preset: Preset) -> np.ndarray:
     """(H, W, 3) uint8 -> (size, size, 3): uint8 where the preset resizes 8-bit pixels, else float32
-    in [0, 1], which our views' resize makes as torchvision's would, in a tenth of the time."""
+    in [0, 1], which our views' resize makes as torchvision's would, but sooner."""
     if preset.resampling is not None:
         return _resized_picture(Image.fromarray(image), preset, preset.resampling)
     image = np.ascontiguousarray(image)
