@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from measure import best, peak_memory
+from measure import PeakOfTree, best
 
 CATEGORY = "biscuit"
 SIZE = 256
@@ -132,11 +132,12 @@ def child(options) -> None:
     task = json.loads(options.child)
     began = time.perf_counter()
     function = {"ours": ours, "anomalib": anomalib}[task.pop("who")]
-    found = function(Path(task.pop("root")), weights=Path(task.pop("weights")), **task)
+    with PeakOfTree() as memory:
+        found = function(Path(task.pop("root")), weights=Path(task.pop("weights")), **task)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     found["wall"] = time.perf_counter() - began
     found["cpu"] = sum(u.ru_utime + u.ru_stime for u in used)
-    found["memory"] = peak_memory()
+    found["memory"] = memory.bytes
     print("RESULT " + json.dumps(found))
 
 

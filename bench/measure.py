@@ -1,7 +1,9 @@
 """What the benchmarks of the detectors and metrics measure with."""
 
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,3 +29,42 @@ def peak_memory() -> int:
     """Bytes, of this process. Linux adds its parent's peak to ru_maxrss, but not to this."""
     (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in s)
     return 1024 * int(line.split()[1])
+
+
+class PeakOfTree:
+    """Most memory that this process and the processes it started have occupied together, in bytes,
+    looked at ten times a second: resident here, and private there, for a fork shares the rest."""
+
+    def __enter__(self) -> "PeakOfTree":
+        self.peak, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.1):
+            self.peak = max(self.peak, _kilobytes("self/status", "VmRSS") + _private_of_children())
+
+    @property
+    def bytes(self) -> int:
+        return max(1024 * self.peak, peak_memory())
+
+
+def _kilobytes(file: str, *names: str) -> int:
+    lines = (Path("/proc") / file).read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.split(":")[0] in names)
+
+
+def _private_of_children() -> int:
+    total, waiting = 0, ["self"]
+    while waiting:
+        for task in (Path("/proc") / waiting.pop()).glob("task/*/children"):
+            with suppress(OSError):  # it has ended by now
+                for child in task.read_text().split():
+                    waiting.append(child)
+                    total += _kilobytes(f"{child}/smaps_rollup", "Private_Clean", "Private_Dirty")
+    return total

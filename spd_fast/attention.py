@@ -3,6 +3,7 @@ differ from those of its nearest normal sample."""
 
 import copy
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,20 +36,32 @@ def pooled_features(backbone: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(parts).float().cpu()
 
 
-def nearest_normal(backbone: nn.Module, images: Tensor, normals: Tensor) -> Tensor:
-    """For each image the normal image whose `pooled_features` have the largest cosine with its own.
+def nearest_normal(backbone: nn.Module, image: Tensor, normals: Iterable[Tensor]) -> Tensor:
+    """The normal image whose `pooled_features` have the largest cosine with those of `image`.
 
     Args:
-        backbone, images: as for `pooled_features`.
-        normals: (M, 3, H', W') float, normalised: the normal training images.
+        backbone: as for `pooled_features`.
+        image: (3, H, W) float, normalised.
+        normals: batches of (N, 3, H', W') float, normalised: the normal training images. One batch
+            is held at a time.
 
     Returns:
-        (N,) int64, positions in `normals`.
+        (3, H', W'), of equals the first.
+
+    Raises:
+        InputError: there is no normal image, or images of another shape or type.
     """
-    _check(images, "images")
-    _check(normals, "normals")
-    own, others = (F.normalize(pooled_features(backbone, x), dim=1) for x in (images, normals))
-    return (own @ others.T).argmax(dim=1)
+    own = pooled_features(backbone, image[None])
+    best, nearest = -torch.inf, None
+    for batch in normals:
+        _check(batch, "normals")
+        cosines = F.cosine_similarity(own, pooled_features(backbone, batch))
+        place = int(cosines.argmax())
+        if float(cosines[place]) > best:
+            best, nearest = float(cosines[place]), batch[place]
+    if nearest is None:
+        raise InputError("there is no normal image, expected at least one")
+    return nearest
 
 
 def attention_maps(backbone: nn.Module, images: Tensor, nearest: Tensor) -> Tensor:
@@ -67,7 +80,7 @@ def attention_maps(backbone: nn.Module, images: Tensor, nearest: Tensor) -> Tens
 
     Args:
         backbone, images: as for `pooled_features`.
-        nearest: the same shape: a normal image for each, normals[nearest_normal(...)].
+        nearest: the same shape: for each what `nearest_normal` returns.
 
     Returns:
         (N, H, W) float32 in [0, 1], on the CPU. All 0 where features are equal up to rounding.

@@ -248,7 +248,7 @@ def _add_evaluation_settings(parser) -> None:
         choices=("spot-diff",),
         help="pixel AU-ROC and AU-PR as VisA's published script computes them, not exact",
     )
-    add("--batch-size", type=positive, default=16)
+    add("--batch-size", type=positive, help="of scoring; default 4 on a CPU, 32 on a GPU")
     add("--workers", type=positive, default=4, help="threads that read images")
     add("--cache", help="directory that keeps resized images for the next run")
     add("--seed", type=seed, default=0, help="of what is drawn, random weights included")

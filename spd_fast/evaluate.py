@@ -47,6 +47,8 @@ CATEGORY = "{category}"  # in `weights`: the name of each category
 FEW_SHOT_POOL = "2cls_fewshot"  # the split that the k-shot protocols draw from
 # What iterations a k-shot model learns for (paper appendix C); the high-shot ones: 80 epochs.
 ITERATIONS = {"classifier": 1000, "unet": 500}
+# Images that are scored together. On a CPU more are not faster, and only need memory.
+BATCH = {"cpu": 4, "cuda": 32}
 PATIENCE = timedelta(days=30)  # of a process that has done its categories, for the others
 
 
@@ -75,7 +77,7 @@ class EvaluateConfig:
     compat: str | None = None
     category: tuple[str, ...] = ()
     name: str | None = None
-    batch_size: int = 16
+    batch_size: int | None = None
     workers: int = 4
     cache: str | None = None
     seed: int = 0
@@ -147,8 +149,7 @@ def _prepare(
     _refuse_other_results(out, config)
     if config.cache:
         make_output_dir(config.cache)
-    split = FEW_SHOT_POOL if config.protocol in SHOTS else config.protocol
-    dataset = read_dataset(config.data, split, list(config.category) or None)
+    dataset = read_dataset(config.data, split_of(config.protocol), list(config.category) or None)
     jobs = [_Job(category, _for_category(config, category)) for category in dataset]
     models = _Models(device)
     chosen = _chosen(models.of(jobs[0].config))
@@ -189,7 +190,7 @@ def _conclude(
     if not rank():
         run = {
             "name": config.name or f"{config.method}, {config.weights}",
-            "config": _settings(config) | chosen,
+            "config": settings_of(config) | chosen | {"split": _split(jobs)},
             "versions": versions(),
             "seconds": time.perf_counter() - started,
             "categories": [result for result in done.values() if result],
@@ -247,6 +248,11 @@ def check(config: EvaluateConfig) -> None:
         raise InputError("give epochs or iterations, not both")
     if not config.lr > 0:
         raise InputError(f"lr must be above 0, got {config.lr}")
+
+
+def split_of(protocol: str) -> str:
+    """The split of the data set that a protocol takes its images from."""
+    return FEW_SHOT_POOL if protocol in SHOTS else protocol
 
 
 def _for_category(config: EvaluateConfig, category: Category) -> EvaluateConfig:
@@ -323,7 +329,12 @@ def _training(config: EvaluateConfig) -> Training | None:
     )
 
 
-def _settings(config: EvaluateConfig) -> dict:
+def _split(jobs: list[_Job]) -> str:
+    drawn = any(job.category.drawn for job in jobs)
+    return "drawn, for want of split files" if drawn else "of the data set"
+
+
+def settings_of(config: EvaluateConfig) -> dict:
     """What decides the numbers, as opposed to where and how fast they are made."""
     settings = asdict(config)
     for name in (
@@ -354,7 +365,7 @@ def _fingerprint(job: _Job) -> dict:
         stat = file.stat() if file.exists() else None
         found = f"{stat.st_size} {stat.st_mtime_ns}" if stat else "missing"
         digest.update(f"{what} {file} {found}\n".encode())
-    return _settings(config) | {
+    return settings_of(config) | {
         "category": category.name,
         "files": digest.hexdigest(),
         "version": __version__,
@@ -393,7 +404,7 @@ def _evaluate_category(models: "_Models", job: _Job, out: Path) -> None:
         draws=config.draws,
         seed=config.seed,
         compat=config.compat,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or BATCH[models.device.type],
         workers=config.workers,
         cache=Path(config.cache) if config.cache else None,
         skip_bad_images=config.skip_bad_images,

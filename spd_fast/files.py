@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
 from spd_fast.errors import InputError
 
@@ -221,7 +222,8 @@ def save_state(path: str | Path, state: dict) -> None:
 def read_state(path: str | Path, what: str, mmap: bool = False):
     """What `save_state` or torch.save wrote, on the CPU; `what` it should be, for the message.
 
-    With `mmap` tensors are read from the disk only when they are used.
+    With `mmap` tensors are read from the disk only when they are used; files in torch's format of
+    before 1.6 are read at once.
 
     Raises:
         InputError: the file is missing, damaged, or not one of torch's.
@@ -231,7 +233,9 @@ def read_state(path: str | Path, what: str, mmap: bool = False):
     if not Path(path).exists():
         raise InputError(f"there is no file {path}, expected {what}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path)
+        )
     except OSError as error:  # a directory, no permission
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds for files that are not its own

@@ -143,7 +143,7 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 def _read_state(path: Path, name: str) -> dict[str, Tensor]:
-    state = read_state(path, WEIGHTS_FILE)
+    state = read_state(path, WEIGHTS_FILE, mmap=True)  # the network has its own copy soon
     if isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT:
         held = read_checkpoint(path)["config"]["backbone"]
         if held != name:

@@ -174,13 +174,15 @@ class PaDiM:
 
     def _fold_all(self, batches: Iterable[Tensor]) -> None:
         waiting: list[list[Tensor]] = []
+        places = self.channels
         for images in batches:
-            waiting.append(self._layers_to_fit(images))
+            layers, places = self._kept_layers(images)
+            waiting.append(layers)
             if sum(len(layers[0]) for layers in waiting) >= FIT_BLOCK:
-                self._fold(waiting)
+                self._fold(waiting, places)
                 waiting = []
         if waiting:
-            self._fold(waiting)
+            self._fold(waiting, places)
 
     def _fold_part(self, batches: Iterable[Tensor]) -> None:
         """Fold this rank's images, then merge all ranks'; a rank in trouble tells the others."""
@@ -204,7 +206,8 @@ class PaDiM:
 
     def update(self, images: Tensor) -> "PaDiM":
         """Fold (B, 3, H, W) normal images in. Best in batches of 32; `finish` ends the fit."""
-        self._fold([self._layers_to_fit(images)])
+        layers, places = self._kept_layers(images)
+        self._fold([layers], places)
         return self
 
     def merge(self, other: "PaDiM") -> "PaDiM":
@@ -262,16 +265,18 @@ class PaDiM:
             "channels": self.channels.tolist(),
         }
 
-    def _layers_to_fit(self, images: Tensor) -> list[Tensor]:
+    def _kept_layers(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Layers with the kept channels alone, as they wait for those of other images, and the
+        places of the kept channels among theirs."""
         if self.factor is not None:
             raise InputError("this PaDiM is finished: fit() starts anew")
         layers = self.features(images)
         if self.image_size is None:
             self.image_size, self.grid = tuple(images.shape[2:]), tuple(layers[0].shape[2:])
         check_image_size(images, self.image_size, "PaDiM")
-        return layers
+        return keep_channels(layers, self.channels)
 
-    def _fold(self, blocks: list[list[Tensor]]) -> None:
+    def _fold(self, blocks: list[list[Tensor]], places: Tensor) -> None:
         layers = blocks[0] if len(blocks) == 1 else [torch.cat(layer) for layer in zip(*blocks)]
         if self._scatter is None:
             positions, d = self.grid[0] * self.grid[1], len(self.channels)
@@ -279,7 +284,7 @@ class PaDiM:
                 self.mean = torch.zeros(positions, d, device=self.device)
                 scatter = torch.empty(positions, packed_size(d), device=self.device)
                 self._scatter = on_huge_pages(scatter).zero_()
-        gaussian_update(layers, self.channels, self.count, self.mean, self._scatter)
+        gaussian_update(layers, places, self.count, self.mean, self._scatter)
         self.count += len(layers[0])
 
     def _add_outer_product(self, x: Tensor, weight: float) -> None:
@@ -376,6 +381,20 @@ class PaDiM:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, InputError) as error:
             raise InputError(f"{path} is a damaged PaDiM: {error}") from error
         return model
+
+
+def keep_channels(layers: list[Tensor], channels: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Layers (B, C_l, h_l, w_l) without the channels that are not among `channels` (d,), and the
+    places (d,) of those in what remains. A layer keeps one at least, for it may tell the grid."""
+    kept, places, start, count = [], torch.empty_like(channels), 0, 0
+    for layer in layers:
+        end = start + layer.shape[1]
+        mine = ((channels >= start) & (channels < end)).nonzero()[:, 0]
+        own = channels[mine] - start if len(mine) else channels.new_zeros(1)
+        kept.append(layer.permute(0, 2, 3, 1)[..., own].permute(0, 3, 1, 2))  # channels last
+        places[mine] = count + torch.arange(len(mine), device=channels.device)
+        start, count = end, count + len(own)
+    return kept, places
 
 
 def _refuse_other_model(mine: dict, theirs: dict, who: str) -> None:

@@ -339,13 +339,18 @@ def _plots(runs: list[dict]) -> list[dict]:
                 new = {"name": name, "title": _title(category), "lines": []}
                 plot = plots.setdefault(name, new)
                 plot["chance"] = None if kind.endswith("roc") else curve[1][-1]
-                value = _percent(_value(category, kind.split("_")[0], area))
+                value = _percent(_value(curve_owner(category), kind.split("_")[0], area))
                 line = {"run": i, "name": run["name"], "value": value, "points": _points(*curve)}
                 plot["lines"].append(line)
         if plots:
             axes = {"x_label": x_label, "y_label": y_label, "area": METRICS[area]}
             kinds.append({"title": title, "plots": list(plots.values()), **axes})
     return kinds
+
+
+def curve_owner(category: dict) -> dict:
+    """Of a k-shot protocol the draw that the curves are of, the first; else the category."""
+    return category["draws"][0] if "draws" in category else category
 
 
 def _points(x: list[float], y: list[float]) -> str:

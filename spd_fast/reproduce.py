@@ -8,19 +8,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from spd_fast import files, paper
+from spd_fast.datasets import read_dataset
 from spd_fast.distributed import barrier, process_group, rank
 from spd_fast.errors import InputError
-from spd_fast.evaluate import PATIENCE, EvaluateConfig, check, evaluate
-from spd_fast.models import pick_device
+from spd_fast.evaluate import CATEGORY, PATIENCE, EvaluateConfig, check, evaluate, split_of
+from spd_fast.models import load_backbone, pick_device
 from spd_fast.report import write_report
 from spd_fast.reproduce_figures import FIGURES, check_targets, write_figures
-from spd_fast.reproduce_page import write_page
+from spd_fast.reproduce_page import FIGURE_FILES, write_page
 from spd_fast.reproduce_table import Job, as_csv, as_markdown, as_text, compare
+from spd_fast.reproduce_warnings import CATEGORIES, unlike_the_paper
 
-DATASETS = {"visa": "VisA", "mvtec": "MVTec-AD"}
 # In the output directory: RUNS/<weights>/<dataset>_<protocol>_<method>, each by `evaluate`;
 # COMPARED/<dataset>_<protocol>_<method>.html, all weights in one report; FIGURE_FILES.
-RUNS, COMPARED, FIGURE_FILES = "runs", "compared", "figures"
+RUNS, COMPARED = "runs", "compared"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ReproduceConfig:
     targets: tuple[str, ...]  # names in `paper.TABLES` and in FIGURES
     weights: dict[str, str]  # by the names of the paper's rows, the keys of `paper.BACKBONES`
     out: str
-    data: dict[str, str]  # directories, by the keys of DATASETS
+    data: dict[str, str]  # directories, by the names in `paper.DATASETS`
     # Of all evaluations. Data, protocol, method, weights and output follow from the tables.
     settings: EvaluateConfig
     backbone: str | None = None  # in place of the paper's
@@ -53,15 +54,14 @@ def reproduce(config: ReproduceConfig) -> dict[Job, str]:
     check_targets(config.targets)
     tables = [paper.table(name) for name in config.targets if name not in FIGURES]
     jobs = _jobs(config)
-    for job in jobs:
-        check(_settings(config, job))
+    settings = _settings_of(config, jobs)
     out = files.make_output_dir(config.out)
     with process_group(pick_device(config.settings.device), PATIENCE):
         runs, failed = {}, {}
-        for number, job in enumerate(jobs):
-            tqdm.write(f"== {number + 1} of {len(jobs)}: {job.title}")
+        for number, (job, its) in enumerate(settings.items()):
+            tqdm.write(f"== {number + 1} of {len(settings)}: {job.title}")
             try:
-                runs[job] = evaluate(_settings(config, job))
+                runs[job] = evaluate(its)
             except InputError as error:
                 failed[job.title] = str(error)
                 tqdm.write(f"{job.title} failed: {error}")
@@ -85,10 +85,11 @@ def _jobs(config: ReproduceConfig) -> list[Job]:
     for root in config.data.values():
         if not Path(root).is_dir():
             raise InputError(f"there is no directory {root}")
-    if not needed:
+    alone = "figure11" in config.targets  # needs no evaluation
+    if not needed and not alone:
         raise InputError(f"{', '.join(config.targets)}: give a table as well, whose runs are drawn")
     jobs = [job for job in needed if job.weights in config.weights and job.dataset in config.data]
-    if not jobs:
+    if not jobs and not alone:
         datasets = dict.fromkeys(f"--{job.dataset}" for job in needed)
         weights = dict.fromkeys(job.weights for job in needed)
         raise InputError(
@@ -108,9 +109,40 @@ def _needed(target: str) -> Iterator[Job]:
             yield Job.of(cell.quantity)
 
 
-def _settings(config: ReproduceConfig, job: Job) -> EvaluateConfig:
+def _settings_of(config: ReproduceConfig, jobs: list[Job]) -> dict[Job, EvaluateConfig]:
+    """Of each job that has one of the categories; what would stop a job is said before the first
+    begins."""
+    for name, source in config.weights.items():
+        if CATEGORY not in source:
+            load_backbone(config.backbone or paper.BACKBONES[name], source)
+    names: dict[str, set] = {}
+    for dataset, protocol in dict.fromkeys((job.dataset, split_of(job.protocol)) for job in jobs):
+        found = {category.name for category in read_dataset(config.data[dataset], protocol)}
+        for other, its in CATEGORIES.items():
+            if other != dataset and found <= its:
+                raise InputError(
+                    f"--{dataset} {config.data[dataset]} holds categories of "
+                    f"{paper.PRINTED[other]}: {', '.join(sorted(found))}"
+                )
+        names.setdefault(dataset, set()).update(found)
+    wanted = config.settings.category
+    for name in wanted:
+        if jobs and not any(name in found for found in names.values()):
+            known = ", ".join(sorted(set().union(*names.values())))
+            raise InputError(f"there is no category {name!r}; there are {known}")
+    settings = {}
+    for job in jobs:
+        own = tuple(name for name in wanted if name in names[job.dataset])
+        if own or not wanted:
+            settings[job] = _settings(config, job, own)
+            check(settings[job])
+    return settings
+
+
+def _settings(config: ReproduceConfig, job: Job, category: tuple[str, ...]) -> EvaluateConfig:
     return replace(
         config.settings,
+        category=category,
         data=config.data[job.dataset],
         out=str(Path(config.out) / RUNS / job.weights / job.name),
         protocol=job.protocol,
@@ -127,11 +159,15 @@ def _write(config: ReproduceConfig, tables: list, runs: dict, failed: dict, out:
         rows = compare(table, runs)
         compared.append((table, rows))
         files.write_text(out / f"{table.name}.csv", as_csv(table, rows))
-        files.write_text(out / f"{table.name}.md", as_markdown(table, rows))
+        own = {job: run for job, run in runs.items() if job in set(_needed(table.name))}
+        files.write_text(out / f"{table.name}.md", as_markdown(table, rows, unlike_the_paper(own)))
         print(as_text(table, rows), end="\n\n")
     reports = _write_reports(runs, out)
     figures = write_figures(config, runs, files.make_output_dir(out / FIGURE_FILES), failed)
-    write_page(out / "reproduce.html", config, compared, figures, reports, failed)
+    warnings = unlike_the_paper(runs)
+    write_page(out / "reproduce.html", config, warnings, compared, figures, reports, failed)
+    if warnings:
+        print("not comparable with the paper:", *warnings, sep="\n  ")
     for title, reason in failed.items():
         print(f"{title} failed: {reason}")
     print(f"page: {out / 'reproduce.html'}")
@@ -144,7 +180,6 @@ def _write_reports(runs: dict, out: Path) -> dict[str, str]:
     for job in runs:
         if job.name not in reports:
             together = [run for other, run in runs.items() if other.name == job.name]
-            title = f"{DATASETS[job.dataset]}, {job.protocol}, {job.method}"
-            write_report(together, directory / f"{job.name}.html", title)
-            reports[job.name] = title
+            write_report(together, directory / f"{job.name}.html", job.setting)
+            reports[job.name] = job.setting
     return {title: f"{COMPARED}/{name}.html" for name, title in reports.items()}

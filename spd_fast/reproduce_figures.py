@@ -12,19 +12,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spd_fast import figures, paper
-from spd_fast.attention import attention_maps, pooled_features
-from spd_fast.datasets import Sample, read_dataset
+from spd_fast.attention import attention_maps, nearest_normal
+from spd_fast.datasets import Category, Sample, read_dataset
 from spd_fast.datasets.cache import read_resized
+from spd_fast.datasets.visa import PAPER_NAMES
 from spd_fast.errors import InputError
+from spd_fast.evaluate import CATEGORY
+from spd_fast.evaluate_category import SHOTS
 from spd_fast.models import load_backbone, pick_device
 from spd_fast.padim import PRESETS
 from spd_fast.preprocess import displayed_image, normalised
-from spd_fast.report import METRICS
+from spd_fast.report import CURVES, METRICS, curve_owner
 from spd_fast.reproduce_table import Job, compare
 from spd_fast.results import CATEGORIES, SHOWN
 from spd_fast.threads import in_threads
 
-TITLES = {"visa": "VisA", "mvtec": "MVTec-AD"}
 PADIM = ("1cls", "padim")
 BATCH = 16  # images whose features are computed together
 
@@ -40,8 +42,8 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that can be asked for: the tables whose runs it needs, and how it is drawn: from the
-    settings, the runs and the directory."""
+    """A figure that can be asked for: the tables whose runs it needs, and how it is drawn from the
+    settings and the runs."""
 
     tables: tuple[str, ...]
     draw: Callable
@@ -79,7 +81,7 @@ def _scatter(metric: str, name: str, config, runs: dict[Job, dict]) -> Iterator:
             level = {"image": "classification", "pixel": "segmentation"}[q.level]
             for source, value in (("paper", cell.paper), ("ours", cell.ours and cell.ours.value)):
                 if value is not None:
-                    key = (TITLES[q.dataset], q.weights, source)
+                    key = (paper.PRINTED[q.dataset], q.weights, source)
                     points.setdefault(key, {"name": q.weights, "source": source})[level] = value
     by_dataset: dict[str, list[dict]] = {}
     for (dataset, _, _), point in points.items():
@@ -92,25 +94,28 @@ def _scatter(metric: str, name: str, config, runs: dict[Job, dict]) -> Iterator:
 
 def _curves(config, runs: dict[Job, dict]) -> Iterator:
     """ROC and precision-recall curves of every evaluation and category, a line for each weights."""
-    for place in dict.fromkeys(job.name for job in runs):
-        together = {job.weights: run for job, run in runs.items() if job.name == place}
+    for place, job in {job.name: job for job in runs}.items():
+        together = {other.weights: run for other, run in runs.items() if other.name == place}
         lines: dict[tuple, list] = {}
         for weights, run in together.items():
             for category in run["categories"]:
                 for kind, (x, y) in category["curves"].items():
                     level, curve = kind.split("_")
-                    area = 100 * category[level][{"roc": "au_roc", "pr": "au_pr"}[curve]]
+                    area = 100 * curve_owner(category)[level][f"au_{curve}"]
                     key = (category["name"], category["title"], kind)
                     lines.setdefault(key, []).append((weights, x, y, area))
         for (name, title, kind), its in lines.items():
-            full = f"{title}, {place.replace('_', ' ')}"
-            drawn = Drawn(f"{kind}_{place}_{name}", full, f"{kind.replace('_', ' ')} of {full}")
-            yield figures.curves(kind, its, title=full), drawn
+            what = CURVES[kind][0]
+            draw = ", first draw" if job.protocol in SHOTS else ""
+            full = f"{what}. {title}, {job.setting}{draw}"
+            alt = f"{full}: " + ", ".join(f"{weights} {area:.1f}" for weights, _, _, area in its)
+            figure = figures.curves(kind, its, title=f"{title}, {job.setting}{draw}\n{what}")
+            yield figure, Drawn(f"{kind}_{place}_{name}", full, alt)
 
 
 def _segmentations(config, runs: dict[Job, dict]) -> Iterator:
     """Figure 12: the heat maps of the first test image with a defect of every category."""
-    for dataset in TITLES:
+    for dataset in paper.DATASETS:
         own = {j.weights: r for j, r in runs.items() if (j.dataset, j[2:]) == (dataset, PADIM)}
         shown: dict[str, dict] = {}  # title of a category -> weights -> what is stored
         for weights, run in own.items():
@@ -128,75 +133,73 @@ def _segmentations(config, runs: dict[Job, dict]) -> Iterator:
             list(shown),
             {(w, title): tuple(its[w]["scale"]) for title, its in shown.items() for w in own},
         )
-        title = f"Segmentations on {TITLES[dataset]} (figure 12)"
+        title = f"Segmentations on {paper.PRINTED[dataset]} (figure 12)"
         alt = f"Heat maps of PaDiM with {', '.join(own)} under an anomalous image of each category"
         yield figure, Drawn(f"figure12_{dataset}", title, alt)
 
 
 def _attention(config, runs: dict[Job, dict]) -> Iterator:
     """Figure 11: what in the first test image with a defect of a category differs from its nearest
-    normal training image, by weights."""
-    device = pick_device(config.settings.device)
-    own = {job.weights: run for job, run in runs.items() if job[1:] == ("visa", *PADIM)}
-    names = config.settings.category or None
-    dataset = read_dataset(config.data["visa"], "1cls", names) if own else []
-    backbones = {
-        weights: load_backbone(
-            config.backbone or paper.BACKBONES[weights],
-            config.weights[weights],
-            seed=config.settings.seed,
-        ).to(device)
-        for weights in own
-        if "{category}" not in config.weights[weights]
-    }
-    if not backbones:
-        return
+    normal training image, by weights. It needs no evaluation."""
+    if "visa" not in config.data:
+        raise InputError("it is drawn from VisA, and no VisA was given")
     normals, images, masks, titles = [], [], [], []
-    maps: dict[str, list] = {weights: [] for weights in backbones}
+    maps: dict[str, list] = {weights: [] for weights in config.weights}
+    dataset, wanted = read_dataset(config.data["visa"]), config.settings.category
+    dataset = [category for category in dataset if not wanted or category.name in wanted]
     for category in tqdm(dataset, desc="attention maps", unit="category"):
-        image, mask = _first_defect(category.test, config)
-        for number, (weights, backbone) in enumerate(backbones.items()):
-            nearest = _nearest(backbone, image, category.train, config)
+        image, mask = _first_defect(category, config)
+        for weights in config.weights:
+            backbone = _backbone(config, weights, category.name)
+            nearest = nearest_normal(backbone, image, _batches(category.train, config))
             maps[weights].append(attention_maps(backbone, image[None], nearest[None])[0].numpy())
-            if not number:
+            if weights == next(iter(config.weights)):
                 normals.append(displayed_image(nearest))
         images.append(displayed_image(image))
         masks.append(mask)
-        titles.append(category.name)
+        titles.append(PAPER_NAMES.get(category.name, category.name))
     figure = figures.attention_sheet(normals, images, masks, maps, titles)
-    first = next(iter(backbones))
+    first = next(iter(config.weights))
     title = f"Attention maps by GradCAM (figure 11); above, the normal image nearest for {first}"
-    alt = f"GradCAM of an anomalous image of each category with {', '.join(backbones)}"
+    alt = f"GradCAM of an anomalous image of {', '.join(titles)}, with {', '.join(maps)}"
     yield figure, Drawn("figure11", title, alt)
 
 
-def _first_defect(test: list[Sample], config) -> tuple[Tensor, np.ndarray]:
-    """The first with a defect in the part of the image that is seen."""
-    read = (_read(sample, config) for sample in test if sample.label)
-    first = next(read)
-    return next((it for it in itertools.chain([first], read) if it[1].any()), first)
+def _backbone(config, weights: str, category: str) -> torch.nn.Module:
+    source = config.weights[weights].replace(CATEGORY, category)
+    name = config.backbone or paper.BACKBONES[weights]
+    return load_backbone(name, source, config.settings.seed).to(pick_device(config.settings.device))
 
 
-def _nearest(backbone, image: Tensor, train: list[Sample], config) -> Tensor:
-    """The training image whose features have the largest cosine with those of `image`."""
-    own = pooled_features(backbone, image[None])
-    best, nearest = -2.0, None
-    loaded = in_threads(lambda sample: _read(sample, config)[0], train, config.settings.workers)
-    batch: list[Tensor] = []
-    for number, other in enumerate(loaded, 1):
-        batch.append(other)
-        if len(batch) == BATCH or number == len(train):
-            cosines = torch.cosine_similarity(own, pooled_features(backbone, torch.stack(batch)))
-            place = int(cosines.argmax())
-            if float(cosines[place]) > best:
-                best, nearest = float(cosines[place]), batch[place]
-            batch = []
-    return nearest
+def _first_defect(category: Category, config) -> tuple[Tensor, np.ndarray]:
+    """The first test image with a defect in the part that is seen, and its mask."""
+    read = (_read(sample, config) for sample in category.test if sample.label)
+    first = None
+    for pair in filter(None, read):
+        if pair[1].any():
+            return pair
+        first = first or pair
+    if first is None:
+        raise InputError(f"category {category.name} has no readable anomalous test image")
+    return first
 
 
-def _read(sample: Sample, config) -> tuple[Tensor, np.ndarray]:
+def _batches(train: list[Sample], config) -> Iterator[Tensor]:
+    read = in_threads(lambda sample: _read(sample, config), train, config.settings.workers)
+    images = (pair[0] for pair in read if pair is not None)
+    while batch := list(itertools.islice(images, BATCH)):
+        yield torch.stack(batch)
+
+
+def _read(sample: Sample, config) -> tuple[Tensor, np.ndarray] | None:
+    """Normalised image and mask; None if it is unreadable and such images are to be left out."""
     cache = config.settings.cache
-    pixels, mask = read_resized(sample, PRESETS["paper"], Path(cache) if cache else None)
+    try:
+        pixels, mask = read_resized(sample, PRESETS["paper"], Path(cache) if cache else None)
+    except InputError:
+        if config.settings.skip_bad_images:
+            return None
+        raise
     return normalised(pixels), mask
 
 
@@ -215,7 +218,7 @@ def check_targets(targets: tuple[str, ...]) -> None:
 FIGURES = {
     "figure7": Target(("table2",), partial(_scatter, "au_pr", "figure7")),
     "figure8": Target(("table2",), partial(_scatter, "au_roc", "figure8")),
-    "figure11": Target(("table2",), _attention),
+    "figure11": Target((), _attention),
     "figure12": Target(("table2",), _segmentations),
     "curves": Target((), _curves),
 }

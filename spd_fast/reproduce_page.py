@@ -6,30 +6,36 @@ from itertools import groupby
 from pathlib import Path
 
 from spd_fast import files
-from spd_fast.evaluate_category import DRAWS
 from spd_fast.info import versions
 from spd_fast.paper import BACKBONES, PaperTable
 from spd_fast.report import shown_setting, template
 from spd_fast.reproduce_table import Compared, Row, notes, plain, printed, signed
 
 TITLE = "The paper's tables, measured"
-CATEGORIES = {"visa": 12, "mvtec": 15}  # that the paper's means are over
+FIGURE_FILES = "figures"  # the folder of the figures, beside the page
 
 
 def write_page(
-    path: Path, config, compared: list, figures: list, reports: dict[str, str], failed: dict
+    path: Path,
+    config,
+    warnings: list[str],
+    compared: list,
+    figures: list,
+    reports: dict[str, str],
+    failed: dict,
 ) -> None:
     """Write the page.
 
     Args:
+        warnings: of `unlike_the_paper`.
         compared: (table, rows) of each table.
-        figures: what `write_figures` returned; the files are in the folder `figures` beside `path`.
+        figures: what `write_figures` returned; the files are in FIGURE_FILES beside `path`.
         reports: address by title of further pages.
         failed: reason by title of what failed.
     """
     page = template("reproduce.html.j2").render(
         title=TITLE,
-        warnings=_unlike_the_paper(config, compared),
+        warnings=warnings,
         draws=any(
             c.ours and c.ours.std is not None for _, rows in compared for r in rows for c in r.cells
         ),
@@ -40,33 +46,6 @@ def write_page(
         settings=_settings(config),
     )
     files.write_text(path, page)
-
-
-def _unlike_the_paper(config, compared: list) -> list[str]:
-    """Why the numbers are not comparable."""
-    settings, found = config.settings, []
-    if config.backbone:
-        found.append(f"The backbone is {config.backbone}, not the paper's.")
-    if settings.epochs or settings.iterations:
-        length = f"{settings.epochs} epochs" if settings.epochs else f"{settings.iterations} steps"
-        found.append(f"The 2-class models were trained for {length}, unlike the paper's.")
-    if settings.draws != DRAWS:
-        found.append(f"Few-shot numbers are of {settings.draws} draws, not of {DRAWS}.")
-    means = {
-        (cell.quantity.dataset, cell.ours.categories)
-        for _, rows in compared
-        for row in rows
-        for cell in row.cells
-        if cell.ours and cell.quantity.category is None
-    }
-    for dataset, count in sorted(means):
-        if count != CATEGORIES[dataset]:
-            found.append(
-                f"Means on {dataset} are over {count} categories, not {CATEGORIES[dataset]}."
-            )
-    if settings.skip_bad_images:
-        found.append("Unreadable images were left out, if there were any.")
-    return found
 
 
 def _table(table: PaperTable, rows: list[Row]) -> dict:
@@ -111,6 +90,7 @@ def _cell(cell: Compared) -> dict:
             small.append(f"SPD {ours.gap:+.1f} [{low:+.1f}, {high:+.1f}]")
     return {
         "paper": printed(cell),
+        "gap": signed(cell.cell.gap) if cell.cell and cell.cell.gap is not None else "",
         "note": cell.cell.note if cell.cell else "",
         "ours": text,
         "small": small,
@@ -119,12 +99,12 @@ def _cell(cell: Compared) -> dict:
 
 
 def _figure(figure, directory: Path) -> dict:
-    data = (directory / "figures" / f"{figure.name}.png").read_bytes()
+    data = (directory / FIGURE_FILES / f"{figure.name}.png").read_bytes()
     return {
         "source": "data:image/png;base64," + base64.b64encode(data).decode("ascii"),
         "alt": figure.alt,
         "title": figure.title,
-        "files": f"figures/{figure.name}.png and .pdf",
+        "files": [f"{FIGURE_FILES}/{figure.name}.{kind}" for kind in ("png", "pdf")],
     }
 
 

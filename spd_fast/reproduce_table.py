@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spd_fast import bootstrap
-from spd_fast.paper import Cell, PaperTable, Quantity
+from spd_fast.paper import PRINTED, Cell, PaperTable, Quantity
 from spd_fast.results import difference, replicates
 
 NO_VALUE = "–"
@@ -36,6 +36,11 @@ class Job(NamedTuple):
     def title(self) -> str:
         return ", ".join(self)
 
+    @property
+    def setting(self) -> str:
+        """What all weights share, in words."""
+        return ", ".join(PRINTED[word] for word in self[1:])
+
 
 @dataclass(frozen=True)
 class Ours:
@@ -44,6 +49,8 @@ class Ours:
     value: float
     interval: tuple[float, float]  # 95 %, over the test images
     categories: int  # that it is the mean of
+    backbone: str
+    source: str  # of the weights: a file, "imagenet" or "random"
     std: float | None = None  # over the draws of a k-shot protocol
     gap: float | None = None  # to the same pre-training without SPD
     gap_interval: tuple[float, float] | None = None  # 95 %, paired
@@ -139,6 +146,8 @@ def _ours(quantity: Quantity, run: dict, base: dict | None) -> Ours | None:
         value=100 * float(np.mean(values)),
         interval=_percent(bootstrap.interval(replicates(run, *kind, found))),
         categories=len(found),
+        backbone=run["config"]["backbone"],
+        source=run["config"]["weights"],
     )
     if all("draws" in category for category in found.values()):
         draws = [
@@ -221,6 +230,11 @@ def as_text(table: PaperTable, rows: list[Row]) -> str:
                 kinds["std"] = [plain(cell.ours and cell.ours.std) for cell in row.cells]
             if "paper" in kinds:
                 kinds["difference"] = [signed(cell.difference) for cell in row.cells]
+        gaps = [cell.cell and cell.cell.gap for cell in row.cells]
+        if any(gap is not None for gap in gaps):
+            kinds["SPD, paper"] = [signed(gap) for gap in gaps]
+        if any(cell.ours and cell.ours.gap is not None for cell in row.cells):
+            kinds["SPD, ours"] = [signed(cell.ours and cell.ours.gap) for cell in row.cells]
         for number, (kind, texts) in enumerate(kinds.items()):
             title = "" if number else row.title
             lines.append((f"{title:<{width - 11}}{kind:<11}" + _across(texts)).rstrip())
@@ -241,10 +255,13 @@ def _across(texts: list[str], width: int = 9) -> str:
     return line.rstrip()
 
 
-def as_markdown(table: PaperTable, rows: list[Row]) -> str:
+def as_markdown(table: PaperTable, rows: list[Row], warnings: list[str]) -> str:
     """One row per row of the table; a cell is "paper / ours / difference"."""
     titles = [" ".join(column) for column in table.columns]
-    lines = [f"## {table.name}: {table.title}", "", "Per cent: paper / ours / difference.", ""]
+    lines = [f"## {table.name}: {table.title}", ""]
+    lines += ["Per cent: paper / ours / difference; in brackets what SPD adds.", ""]
+    if warnings:
+        lines += ["Not comparable with the paper:", "", *(f"- {text}" for text in warnings), ""]
     lines.append("| | " + " | ".join(titles) + " |")
     lines.append("|---|" + "---|" * len(titles))
     section = ""
@@ -260,17 +277,23 @@ def as_markdown(table: PaperTable, rows: list[Row]) -> str:
 
 def _markdown_cell(cell: Compared) -> str:
     paper = printed(cell).replace("*", "\\*")
+    if cell.cell and cell.cell.gap is not None:
+        paper += f" ({signed(cell.cell.gap)})"
     if cell.ours is None:
         return paper
     ours = plain(cell.ours.value)
     if cell.ours.std is not None:
         ours += f" ± {cell.ours.std:.1f}"
+    if cell.ours.gap is not None:
+        low, high = cell.ours.gap_interval
+        ours += f" ({cell.ours.gap:+.1f}, 95 %: {low:+.1f} to {high:+.1f})"
     return f"{paper} / **{ours}** / {signed(cell.difference)}"
 
 
 COLUMNS = (
     *("row", "section", *Quantity._fields, "printed", "paper", "expected", "paper_gap", "note"),
     *("ours", "difference", "low", "high", "std", "gap", "gap_low", "gap_high", "categories"),
+    *("backbone", "source"),
 )
 
 
@@ -301,4 +324,4 @@ def _csv_numbers(cell: Compared) -> dict:
         low, high = interval or (None, None)
         numbers |= {f"{name}low": low, f"{name}high": high}
     shown = {name: "" if value is None else f"{value:.3f}" for name, value in numbers.items()}
-    return shown | {"categories": ours.categories}
+    return shown | {name: getattr(ours, name) for name in ("categories", "backbone", "source")}

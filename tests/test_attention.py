@@ -91,8 +91,9 @@ def test_nearest_is_the_largest_cosine():
     features = pooled_features(network, images)
     torch.testing.assert_close(features[:, :3], asked, rtol=1e-4, atol=0)
     assert features.shape == (3, 512) and features[:, 3:].abs().max() == 0
-    found = nearest_normal(network, images, normals)
-    assert found.dtype == torch.int64 and found.tolist() == [2, 3, 0]
+    for batches in (normals.split(4), normals.split(1), normals.flip(0).split(3)):
+        for image, expected in zip(images, (2, 3, 0)):
+            assert torch.equal(nearest_normal(network, image, batches), normals[expected])
 
 
 def test_features_are_the_input_of_fc():
@@ -140,7 +141,9 @@ def test_wrong_input_is_refused(monkeypatch):
         with pytest.raises(InputError, match="images is .*expected"):
             attention_maps(network, wrong, wrong)
         with pytest.raises(InputError, match="normals is .*expected"):
-            nearest_normal(network, images, wrong)
+            nearest_normal(network, images[0], [wrong])
+    with pytest.raises(InputError, match="no normal image"):
+        nearest_normal(network, images[0], [])
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(InputError, match=r"spd-fast\[paper\]"):
         attention_maps(network, images, images)

@@ -15,7 +15,7 @@ from trees import small_visa
 
 from spd_fast import InputError
 from spd_fast.cli import main
-from spd_fast.evaluate import EvaluateConfig, _settings, evaluate
+from spd_fast.evaluate import EvaluateConfig, evaluate, settings_of
 from spd_fast.files import locked
 from spd_fast.padim import PaDiM
 from spd_fast.threads import in_threads
@@ -376,7 +376,7 @@ def test_every_setting_that_changes_numbers_makes_them_anew(method):
             continue
         value = getattr(plain, field.name)
         new = not value if isinstance(value, bool) else other[type(value)]
-        changed = _settings(replace(plain, **{field.name: new})) != _settings(plain)
+        changed = settings_of(replace(plain, **{field.name: new})) != settings_of(plain)
         assert changed == (field.name not in without) or field.name in (
             "protocol",
             "method",

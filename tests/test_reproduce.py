@@ -5,19 +5,23 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from trees import small_visa
+from trees import small_visa, write_mvtec
 
-from spd_fast import InputError, paper
+from spd_fast import InputError, figures, paper
 from spd_fast.cli import main
 from spd_fast.evaluate import EvaluateConfig, evaluate
-from spd_fast.reproduce import ReproduceConfig, reproduce
+from spd_fast.reproduce import ReproduceConfig, _jobs, _settings_of, reproduce
+from spd_fast.reproduce_figures import FIGURES
 from spd_fast.reproduce_table import Job
+from spd_fast.results import load_run
 
+SPD_GAP = ("simsiam+spd", "visa", "1cls", "padim", "image", "au_pr", "mean")
 NAMES = ("pcb1", "nut")  # one of VisA's categories, and one that the paper does not have
 
 
@@ -154,8 +158,6 @@ def test_processes_give_the_same_table(given, done, tmp_path):
 
 
 def test_two_class_tables_have_deviations(given, tmp_path, monkeypatch, capsys):
-    from dataclasses import replace
-
     from spd_fast import twoclass
 
     small = replace(twoclass.PRESETS["paper"], size=64)
@@ -177,15 +179,29 @@ def test_two_class_tables_have_deviations(given, tmp_path, monkeypatch, capsys):
     assert " ± " in (tmp_path / "out" / "table4.md").read_text()
     page = (tmp_path / "out" / "reproduce.html").read_text()
     for text in (
-        *("trained for 2 steps", "of 2 draws, not of 5", "The backbone is resnet18"),
-        "Means on visa are over 1 categories, not 12",
+        "ResNet classifier, 5-shot, iterations: 2, not 1000.",
+        "U-Net, 10-shot, draws: 2, not 5.",
+        "simsiam: the backbone is resnet18, not resnet50.",
+        "simsiam: the weights are random.",
+        "VisA, 2-class, high-shot: means are over pcb1, not over the paper&#39;s 12 categories.",
+        "VisA, 5-shot: the split was drawn, for want of the data set&#39;s split files.",
     ):
         assert text in page
+    assert "lr: " not in page and "flips: " not in page
+    warned = (tmp_path / "out" / "table9.md").read_text()
+    assert "- ResNet classifier, 2-class, high-shot, epochs: –, not 80." in warned
+    assert "5-shot" not in warned and "U-Net" not in warned
     assert "std" in capsys.readouterr().out
 
 
-def test_a_job_that_fails_leaves_the_others(given, tmp_path, capsys):
-    weights = given["weights"] | {"moco": str(tmp_path / "nowhere.pt")}
+def test_a_job_that_fails_leaves_the_others(given, tmp_path, monkeypatch):
+    def evaluated(settings):
+        if settings.name == "moco":
+            raise InputError("there is no file nowhere.pt")
+        return evaluate(settings)
+
+    monkeypatch.setattr("spd_fast.reproduce.evaluate", evaluated)
+    weights = given["weights"] | {"moco": "random"}
     failed = reproduce(config(given | {"weights": weights}, tmp_path / "out", "table2"))
     assert list(failed) == [Job("moco", "visa", "1cls", "padim").title]
     assert "nowhere.pt" in failed["moco, visa, 1cls, padim"]
@@ -199,13 +215,77 @@ def test_a_job_that_fails_leaves_the_others(given, tmp_path, capsys):
 
 def test_figures_can_be_asked_for_alone(given, tmp_path):
     out = tmp_path / "out"
-    reproduce(config(given, out, "figure11", "curves", category=("pcb1",)))
+    reproduce(config(given, out, "figure11", "figure7", "curves", category=("pcb1",)))
     names = {path.name for path in (out / "figures").iterdir()}
     assert {"figure11.png", "figure11.pdf", "image_roc_visa_1cls_padim_pcb1.pdf"} <= names
-    assert "figure7.png" not in names
+    assert "figure8.png" not in names
     assert not list(out.glob("*.csv"))
     page = (out / "reproduce.html").read_text()
-    assert page.count("<img") == 1 + 4 and page.count('alt="') == 1 + 4
+    assert page.count("<img") == 2 + 4 and page.count('alt="') == 2 + 4
+    assert "Pixels: ROC. PCB1, VisA, 1-class, PaDiM" in page
+
+
+def test_attention_maps_need_no_evaluation(given, tmp_path):
+    """And the weights may be each category's own."""
+    for name in NAMES:
+        shutil.copy(given["weights"]["simsiam"], tmp_path / f"{name}.pt")
+    weights = {"simsiam": str(tmp_path / "{category}.pt"), "moco": given["weights"]["simsiam"]}
+    out = tmp_path / "out"
+    assert reproduce(config(given | {"weights": weights}, out, "figure11")) == {}
+    assert (out / "figures" / "figure11.png").exists() and not (out / "runs").exists()
+    page = (out / "reproduce.html").read_text()
+    assert "GradCAM of an anomalous image of nut, PCB1, with simsiam, moco" in page
+    (tmp_path / "mvtec").mkdir()
+    data = {"mvtec": str(tmp_path / "mvtec")}
+    failed = reproduce(config(given | {"data": data}, tmp_path / "none", "figure11"))
+    assert failed == {"figure11": "it is drawn from VisA, and no VisA was given"}
+
+
+def test_axes_of_the_scatter_plots(given, done, monkeypatch):
+    found = lines(done / "table2.csv")
+    runs = {
+        Job(weights, "visa", "1cls", "padim"): load_run(done / f"runs/{weights}/visa_1cls_padim")
+        for weights in given["weights"]
+    }
+    drawn = {}
+    monkeypatch.setattr(figures, "scatter", lambda points, metric, title: drawn.update(points))
+    for figure, metric in (("figure7", "au_pr"), ("figure8", "au_roc")):
+        list(FIGURES[figure].draw(None, runs))
+        for source in ("ours", "paper"):
+            points = {p["name"]: p for p in drawn["VisA"] if p["source"] == source}
+            for weights in given["weights"]:
+                for level, axis in (("image", "classification"), ("pixel", "segmentation")):
+                    line = found[weights, "visa", "1cls", "padim", level, metric, "mean"]
+                    assert points[weights][axis] == pytest.approx(float(line[source]), abs=1e-3)
+
+
+def test_what_spd_adds_is_shown(given, done, tmp_path, capsys):
+    shutil.copytree(done, tmp_path / "again")
+    reproduce(config(given, tmp_path / "again", "table2"))
+    text = capsys.readouterr().out
+    gap = float(lines(done / "table2.csv")[SPD_GAP]["gap"])
+    for source, value in (("paper", 2.6), ("ours", gap)):  # SimSiam's is the first
+        found = [line.split() for line in text.splitlines() if f"SPD, {source}" in line]
+        assert found[0][:3] == ["SPD,", source, f"{value:+.1f}"]
+    for name, printed in (("table2.md", "82.8 (+2.6)"), ("reproduce.html", "SPD +2.6")):
+        shown = (done / name).read_text()
+        assert f"{gap:+.1f}" in shown and printed in shown
+
+
+def test_categories_of_two_data_sets(given, tmp_path):
+    both = given | {"data": given["data"] | {"mvtec": str(write_mvtec(tmp_path / "mvtec"))}}
+    for wanted in ({"visa": ("pcb1",)}, {"visa": ("pcb1",), "mvtec": ("bottle",)}):
+        names = tuple(name for own in wanted.values() for name in own)
+        settings = config(both, tmp_path / "out", "table2", category=names)
+        found = _settings_of(settings, _jobs(settings))
+        assert {job.dataset: its.category for job, its in found.items()} == wanted
+
+
+def test_a_data_set_given_as_the_other(given, tmp_path):
+    mvtec, visa = write_mvtec(tmp_path / "mvtec"), small_visa(tmp_path / "visa", ("pcb1",))
+    for data, found in (({"visa": str(mvtec)}, "MVTec-AD"), ({"mvtec": str(visa)}, "VisA")):
+        with pytest.raises(InputError, match=f"holds categories of {found}: "):
+            reproduce(config(given | {"data": data}, tmp_path / "out", "table2"))
 
 
 def test_a_figure_that_fails_leaves_the_rest(given, tmp_path, monkeypatch):
@@ -230,11 +310,17 @@ def test_a_figure_that_fails_leaves_the_rest(given, tmp_path, monkeypatch):
         (("table2",), {"data": {}}, "nothing to do"),
         (("table2",), {"data": {"visa": "/nowhere"}}, "there is no directory /nowhere"),
         (("curves",), {}, "curves: give a table as well"),
+        (("table2",), {"weights": {"moco": "nowhere.pt"}}, "there is no file nowhere.pt"),
+        (("table2",), {"backbone": "resnet19"}, "resnet19"),
+        (("table2",), {"category": ("pcb9",)}, "no category 'pcb9'; there are nut, pcb1"),
     ],
 )
 def test_wrong_use(given, tmp_path, targets, changes, message):
     with pytest.raises(InputError, match=message):
-        reproduce(config(given | changes, tmp_path / "out", *targets))
+        settings = {name: changes[name] for name in changes.keys() & {"category"}}
+        changed = {name: changes[name] for name in changes.keys() & given.keys()}
+        wrong = config(given | changed, tmp_path / "out", *targets, **settings)
+        reproduce(replace(wrong, backbone=changes.get("backbone", "resnet18")))
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Category:
     name: str
     train: list[Sample]
     test: list[Sample]
+    drawn: bool = False  # the split is ours, for want of the data set's own
 
 
 def read_dataset(
@@ -99,7 +100,7 @@ def draw_shots(category: Category, k: int, run: int, seed: int = 0) -> Category:
             return sha256(os.fsencode(key)).digest()
 
         train += sorted(sorted(images, key=order)[:k], key=lambda sample: sample.image)
-    return Category(category.name, train, category.test)
+    return replace(category, train=train)
 
 
 def select_categories(known: Iterable[str], wanted: Iterable[str] | None, root: Path) -> list[str]:

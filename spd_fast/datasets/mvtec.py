@@ -16,6 +16,11 @@ from spd_fast.datasets.images import list_images
 from spd_fast.datasets.visa import file_names
 from spd_fast.errors import InputError
 
+NAMES = (  # of MVTec-AD's categories
+    *("bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut"),
+    *("pill", "screw", "tile", "toothbrush", "transistor", "wood", "zipper"),
+)
+
 
 def find_tree(root: Path, protocol: str) -> Path | None:
     """The folder that holds the categories of a protocol: `root`, or `root`/<protocol>.

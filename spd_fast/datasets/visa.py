@@ -89,7 +89,8 @@ def read_visa(root: Path, protocol: str, categories: Iterable[str] | None) -> li
         InputError: see `read_dataset`.
     """
     split_file = root / "split_csv" / f"{protocol}.csv"
-    if split_file.parent.is_dir():
+    drawn = not split_file.parent.is_dir()
+    if not drawn:
         rows = read_split_csv(split_file)
         names = select_categories({row.object for row in rows}, categories, root)
         rows = [row for row in rows if row.object in names]
@@ -98,7 +99,9 @@ def read_visa(root: Path, protocol: str, categories: Iterable[str] | None) -> li
         rows = [row for name in names for row in draw_split(*_object_images(root, name), protocol)]
     rows.sort(key=lambda row: row.image)  # the order in the csv is random
     _check_files(root, split_file, rows)
-    return [_category(root, name, [row for row in rows if row.object == name]) for name in names]
+    return [
+        _category(root, name, [row for row in rows if row.object == name], drawn) for name in names
+    ]
 
 
 def object_names(root: Path) -> list[str]:
@@ -221,7 +224,7 @@ def _check_files(root: Path, split_file: Path, rows: list[SplitRow]) -> None:
         raise InputError(f"{where}: file {missing[0]} does not exist under {root}{more}")
 
 
-def _category(root: Path, name: str, rows: list[SplitRow]) -> Category:
+def _category(root: Path, name: str, rows: list[SplitRow], drawn: bool) -> Category:
     annotation = root / name / "image_anno.csv"
     defects = read_defects(annotation) if annotation.exists() else {}
     parts: dict[str, list[Sample]] = {split: [] for split in SPLITS}
@@ -230,7 +233,7 @@ def _category(root: Path, name: str, rows: list[SplitRow]) -> Category:
         mask = root / row.mask if anomalous else None
         defect = defects.get(_key(row.image), "") if anomalous else ""
         parts[row.split].append(Sample(root / row.image, int(anomalous), mask, defect))
-    return Category(name, **parts)
+    return Category(name, **parts, drawn=drawn)
 
 
 def _key(image: str) -> str:

@@ -62,13 +62,18 @@ BY_CATEGORY = {
     "table13": "visa 5shot unet pixel",
     "table14": "visa 10shot unet pixel",
 }
-PRINTED = {  # the words of the tables' headings
+DATASETS = ("visa", "mvtec")
+PRINTED = {  # the words of the tables' headings, and what their methods are called
     "visa": "VisA",
     "mvtec": "MVTec-AD",
     "1cls": "1-class",
     "2cls_highshot": "2-class, high-shot",
     "5shot": "5-shot",
     "10shot": "10-shot",
+    "padim": "PaDiM",
+    "patchcore": "PatchCore",
+    "classifier": "ResNet classifier",
+    "unet": "U-Net",
     "image": "Classification",
     "pixel": "Segmentation",
     "au_pr": "AU-PR",
@@ -168,7 +173,10 @@ def _headings(name: str, column: str) -> tuple[str, ...]:
     if name in BY_CATEGORY:
         return tuple(PRINTED[word] for word in column.split())
     dataset, protocol, _, level, metric = column.split()
-    return f"{PRINTED[dataset]}, {PRINTED[protocol]}", PRINTED[level], PRINTED[metric]
+    place = f"{PRINTED[dataset]}, {PRINTED[protocol]}"
+    if name == "table4":  # as printed: what is done on top, and below it the shots
+        return PRINTED[level], place, PRINTED[metric]
+    return place, PRINTED[level], PRINTED[metric]
 
 
 def _cell(quantity: Quantity, printed: str, erratum: dict | None) -> Cell:
