@@ -190,7 +190,7 @@ def _conclude(
     if not rank():
         run = {
             "name": config.name or f"{config.method}, {config.weights}",
-            "config": settings_of(config) | chosen | {"split": _split(jobs)},
+            "config": settings_of(config) | chosen | {"split_drawn": jobs[0].category.drawn},
             "versions": versions(),
             "seconds": time.perf_counter() - started,
             "categories": [result for result in done.values() if result],
@@ -327,11 +327,6 @@ def _training(config: EvaluateConfig) -> Training | None:
         batch_size=config.train_batch_size,
         flips=config.flips,
     )
-
-
-def _split(jobs: list[_Job]) -> str:
-    drawn = any(job.category.drawn for job in jobs)
-    return "drawn, for want of split files" if drawn else "of the data set"
 
 
 def settings_of(config: EvaluateConfig) -> dict:

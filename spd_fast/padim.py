@@ -174,15 +174,18 @@ class PaDiM:
 
     def _fold_all(self, batches: Iterable[Tensor]) -> None:
         waiting: list[list[Tensor]] = []
-        places = self.channels
         for images in batches:
-            layers, places = self._kept_layers(images)
+            layers = self._layers_to_fit(images)
+            if len(images) >= FIT_BLOCK and not waiting:
+                self._fold(layers, self.channels)
+                continue
+            layers, places = keep_channels(layers, self.channels)  # what waits takes memory
             waiting.append(layers)
             if sum(len(layers[0]) for layers in waiting) >= FIT_BLOCK:
-                self._fold(waiting, places)
+                self._fold(_joined(waiting), places)
                 waiting = []
         if waiting:
-            self._fold(waiting, places)
+            self._fold(_joined(waiting), places)
 
     def _fold_part(self, batches: Iterable[Tensor]) -> None:
         """Fold this rank's images, then merge all ranks'; a rank in trouble tells the others."""
@@ -206,8 +209,7 @@ class PaDiM:
 
     def update(self, images: Tensor) -> "PaDiM":
         """Fold (B, 3, H, W) normal images in. Best in batches of 32; `finish` ends the fit."""
-        layers, places = self._kept_layers(images)
-        self._fold([layers], places)
+        self._fold(self._layers_to_fit(images), self.channels)
         return self
 
     def merge(self, other: "PaDiM") -> "PaDiM":
@@ -265,26 +267,23 @@ class PaDiM:
             "channels": self.channels.tolist(),
         }
 
-    def _kept_layers(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Layers with the kept channels alone, as they wait for those of other images, and the
-        places of the kept channels among theirs."""
+    def _layers_to_fit(self, images: Tensor) -> list[Tensor]:
         if self.factor is not None:
             raise InputError("this PaDiM is finished: fit() starts anew")
         layers = self.features(images)
         if self.image_size is None:
             self.image_size, self.grid = tuple(images.shape[2:]), tuple(layers[0].shape[2:])
         check_image_size(images, self.image_size, "PaDiM")
-        return keep_channels(layers, self.channels)
+        return layers
 
-    def _fold(self, blocks: list[list[Tensor]], places: Tensor) -> None:
-        layers = blocks[0] if len(blocks) == 1 else [torch.cat(layer) for layer in zip(*blocks)]
+    def _fold(self, layers: list[Tensor], channels: Tensor) -> None:
         if self._scatter is None:
             positions, d = self.grid[0] * self.grid[1], len(self.channels)
             with torch.inference_mode(False):  # `merge` may come outside of it
                 self.mean = torch.zeros(positions, d, device=self.device)
                 scatter = torch.empty(positions, packed_size(d), device=self.device)
                 self._scatter = on_huge_pages(scatter).zero_()
-        gaussian_update(layers, places, self.count, self.mean, self._scatter)
+        gaussian_update(layers, channels, self.count, self.mean, self._scatter)
         self.count += len(layers[0])
 
     def _add_outer_product(self, x: Tensor, weight: float) -> None:
@@ -391,10 +390,16 @@ def keep_channels(layers: list[Tensor], channels: Tensor) -> tuple[list[Tensor],
         end = start + layer.shape[1]
         mine = ((channels >= start) & (channels < end)).nonzero()[:, 0]
         own = channels[mine] - start if len(mine) else channels.new_zeros(1)
-        kept.append(layer.permute(0, 2, 3, 1)[..., own].permute(0, 3, 1, 2))  # channels last
+        pixels = layer.permute(0, 2, 3, 1)  # as the network leaves them: channels last
+        rows = pixels.flatten(0, 2).index_select(1, own)  # far faster in 2-D
+        kept.append(rows.view(*pixels.shape[:3], len(own)).permute(0, 3, 1, 2))
         places[mine] = count + torch.arange(len(mine), device=channels.device)
         start, count = end, count + len(own)
     return kept, places
+
+
+def _joined(batches: list[list[Tensor]]) -> list[Tensor]:
+    return batches[0] if len(batches) == 1 else [torch.cat(layer) for layer in zip(*batches)]
 
 
 def _refuse_other_model(mine: dict, theirs: dict, who: str) -> None:

@@ -37,7 +37,7 @@ class ReproduceConfig:
     backbone: str | None = None  # in place of the paper's
 
 
-def reproduce(config: ReproduceConfig) -> dict[Job, str]:
+def reproduce(config: ReproduceConfig) -> dict[str, str]:
     """Do every evaluation that the tables and figures need and that weights and data are given for.
 
     Writes into `config.out`: per table a CSV and a Markdown file, figures as PNG and PDF, reports
@@ -45,7 +45,7 @@ def reproduce(config: ReproduceConfig) -> dict[Job, str]:
     finished is not done again; one that fails is reported and leaves its cells empty.
 
     Returns:
-        What failed, and why; a category counts as "<weights>, ...: <category>".
+        Why something failed, by its name: of a category "<weights>, ...: <category>".
 
     Raises:
         InputError: an unknown table, figure or name of weights, no data or weights for any of the
@@ -85,11 +85,10 @@ def _jobs(config: ReproduceConfig) -> list[Job]:
     for root in config.data.values():
         if not Path(root).is_dir():
             raise InputError(f"there is no directory {root}")
-    alone = "figure11" in config.targets  # needs no evaluation
-    if not needed and not alone:
-        raise InputError(f"{', '.join(config.targets)}: give a table as well, whose runs are drawn")
+    if not needed and "curves" in config.targets:
+        raise InputError("curves: give a table as well, whose runs are drawn")
     jobs = [job for job in needed if job.weights in config.weights and job.dataset in config.data]
-    if not jobs and not alone:
+    if needed and not jobs:
         datasets = dict.fromkeys(f"--{job.dataset}" for job in needed)
         weights = dict.fromkeys(job.weights for job in needed)
         raise InputError(

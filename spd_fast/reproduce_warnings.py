@@ -47,7 +47,7 @@ def unlike_the_paper(runs: dict) -> list[str]:
                 f"{place}: means are over {', '.join(sorted(names))}, not over the paper's "
                 f"{len(CATEGORIES[job.dataset])} categories."
             )
-        if made["split"].startswith("drawn"):
+        if made["split_drawn"]:
             found.append(f"{place}: the split was drawn, for want of the data set's split files.")
         skipped = set().union(*(category["skipped"] for category in run["categories"]))
         if skipped:
@@ -60,13 +60,13 @@ def _changed(job, made: dict) -> list[str]:
     usual = settings_of(EvaluateConfig(data="", out="", backbone=made["backbone"], **kind))
     usual["n_features"] = N_FEATURES.get(made["backbone"])
     usual["n_neighbors"] = PRESETS[usual["preset"]].n_neighbors
-    shots = METHODS[job.method] != ONE_CLASS
+    several = METHODS[job.method] != ONE_CLASS  # protocols, each with a schedule of its own
     texts = []
     for name, value in usual.items():
         if name in GIVEN or job.method not in OWN.get(name, METHODS):
             continue
         if made[name] != value:
             what = name.replace("_", " ")
-            where = f"{PRINTED[job.protocol]}, " if shots else ""
+            where = f"{PRINTED[job.protocol]}, " if several else ""
             texts.append(f"{where}{what}: {shown_setting(made[name])}, not {shown_setting(value)}")
     return texts

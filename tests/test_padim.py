@@ -20,7 +20,7 @@ from spd_fast.models import FeatureLayers, load_backbone
 from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD
 from spd_fast.ops.backends import native
 from spd_fast.ops.factor import converted
-from spd_fast.padim import PRESETS
+from spd_fast.padim import PRESETS, keep_channels
 from spd_fast.preprocess import displayed_image, prepare_image, prepare_mask
 
 
@@ -90,6 +90,18 @@ def test_map_equals_scipy():
     maps, scores = model.score(test)
     assert np.abs(maps[0].numpy() / expected - 1).max() < 1e-3
     assert scores[0].item() == pytest.approx(expected.max(), rel=1e-3)
+
+
+@pytest.mark.parametrize("channels", [[0, 3, 5, 8], [7, 1, 9], [3, 4, 8, 7]])
+def test_kept_channels_are_where_it_is_said(channels):
+    """In any order, and where none of a layer is kept."""
+    layers = [torch.randn(2, c, 8 >> i, 8 >> i) for i, c in enumerate((3, 3, 4))]
+    wide = torch.cat([F.interpolate(layer, size=8) for layer in layers], 1)
+    kept, places = keep_channels(layers, torch.tensor(channels))
+    assert [layer.shape[2:] for layer in kept] == [layer.shape[2:] for layer in layers]
+    assert sum(layer.shape[1] for layer in kept) <= len(channels) + 1
+    narrow = torch.cat([F.interpolate(layer, size=8) for layer in kept], 1)
+    assert torch.equal(narrow[:, places], wide[:, channels])
 
 
 def test_batches_do_not_matter():
