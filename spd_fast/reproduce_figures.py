@@ -38,6 +38,7 @@ class Drawn:
     name: str
     title: str
     alt: str  # what it shows, for those who cannot see it
+    category: str | None = None  # that it is of, if it is of one
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _curves(config, runs: dict[Job, dict]) -> Iterator:
             full = f"{what}. {title}, {job.setting}{draw}"
             alt = f"{full}: " + ", ".join(f"{weights} {area:.1f}" for weights, _, _, area in its)
             figure = figures.curves(kind, its, title=f"{title}, {job.setting}{draw}\n{what}")
-            yield figure, Drawn(f"{kind}_{place}_{name}", full, alt)
+            yield figure, Drawn(f"{kind}_{place}_{name}", full, alt, name)
 
 
 def _segmentations(config, runs: dict[Job, dict]) -> Iterator:

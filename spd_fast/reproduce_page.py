@@ -104,6 +104,7 @@ def _figure(figure, directory: Path) -> dict:
         "source": "data:image/png;base64," + base64.b64encode(data).decode("ascii"),
         "alt": figure.alt,
         "title": figure.title,
+        "category": figure.category,
         "files": [f"{FIGURE_FILES}/{figure.name}.{kind}" for kind in ("png", "pdf")],
     }
 

@@ -1,5 +1,6 @@
 """The reports in a browser, wide and as on a phone."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_report(report, width, tmp_path):
         found.note = document.querySelector("[role=status]").textContent;
         const [all, none] = document.querySelectorAll("[data-filter] button");
         none.click();
-        found.none = titles();
+        found.none = [titles(), document.querySelector("[role=status]").textContent];
         all.click();
         found.back = [titles(), shown("pcb1"), document.querySelector("[role=status]").textContent];
         return found;
@@ -110,8 +111,8 @@ def test_report(report, width, tmp_path):
     assert found["boxes"] == before[:-1]
     assert found["all"] == 1 + 1 + 4 + 1  # the row, the link, four curves, the pictures
     assert found["less"] == [["Candle", "Cashew", "Fryum", "Mean"], 0, found["all"]]
-    assert found["note"].startswith("3 of 4 categories are shown")
-    assert found["none"] == ["Mean"]
+    assert found["note"] == "3 of the 4 categories are shown. Means are over all 4."
+    assert found["none"] == [["Mean"], "None of the 4 categories are shown. Means are over all 4."]
     assert found["back"] == [before, found["all"], ""]
 
 
@@ -191,6 +192,8 @@ found.before = rows();
 second.tHead.querySelectorAll("button")[2].click();  // ours: only one category has it
 found.sorted = rows();
 found.numbers = second.tBodies[0].rows[0].cells[2].textContent;
+found.labels = tables.map((table) => [...table.tHead.querySelectorAll("button")].map(
+  (button) => button.ariaLabel));
 return found;
 """
 
@@ -205,6 +208,9 @@ def test_reproduced_tables(reproduced, width, tmp_path):
     assert (found["sorted"][0], found["sorted"][-1]) == ("PCB1", "Mean")
     assert len(found["sorted"]) == 13  # sections are hidden
     assert "[" in found["numbers"]
+    assert all(len(set(its)) == len(its) for its in found["labels"])  # told apart when heard
+    assert found["labels"][0][0] == "Sort by Pre-training"
+    assert re.fullmatch("Sort by .+, .+, paper", found["labels"][0][1])
 
 
 @pytest.fixture(scope="module")

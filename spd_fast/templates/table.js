@@ -7,13 +7,16 @@ for (const place of document.querySelectorAll("[data-filter]")) makeFilter(place
 function makeSortable(table) {
   const body = table.tBodies[0];
   const original = [...body.rows];
-  const heads = lowestHeads(table.tHead);
+  const headings = headingsOfColumns(table.tHead);
+  const heads = headings.map((levels) => levels.at(-1));  // right above each column
+  const names = headings.map((levels) => [...new Set(levels)].map((cell) => cell.textContent.trim()).join(", "));
   heads.forEach((head, column) => {
     if (heads.indexOf(head) !== column) return;  // of a wider heading the first column counts
     const texts = original.some((row) => typeof value(row.cells[column]) === "string");
     const orders = [null, ...(texts ? ["ascending", "descending"] : ["descending", "ascending"])];
     const button = document.createElement("button");
     button.type = "button";
+    button.setAttribute("aria-label", `Sort by ${names[column]}`);
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
@@ -26,9 +29,8 @@ function makeSortable(table) {
   });
 }
 
-// The heading right above each column; headings may span rows and columns.
-function lowestHeads(head) {
-  const columns = [];
+// The cells above each column, from the top; a cell may span rows and columns.
+function headingsOfColumns(head) {
   const grid = [...head.rows].map(() => []);
   [...head.rows].forEach((row, y) => {
     for (const cell of row.cells) {
@@ -38,8 +40,7 @@ function lowestHeads(head) {
         for (let dx = 0; dx < cell.colSpan; dx++) grid[y + dy][x + dx] = cell;
     }
   });
-  grid.at(-1).forEach((cell, x) => { columns[x] = cell; });
-  return columns;
+  return grid[0].map((_, x) => grid.map((row) => row[x]));
 }
 
 function sorted(rows, column, order) {
@@ -114,6 +115,6 @@ function makeFilter(place) {
     const shown = new Set(boxes.filter((box) => box.checked).map((box) => box.value));
     for (const element of marked) element.hidden = !shown.has(element.dataset.category);
     status.textContent = shown.size === boxes.length ? "" :
-      `${shown.size} of ${boxes.length} categories are shown; means are over all of them.`;
+      `${shown.size || "None"} of the ${boxes.length} categories ${shown.size === 1 ? "is" : "are"} shown. Means are over all ${boxes.length}.`;
   }
 }
