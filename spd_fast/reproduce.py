@@ -12,6 +12,7 @@ from spd_fast.datasets import read_dataset
 from spd_fast.distributed import barrier, process_group, rank
 from spd_fast.errors import InputError
 from spd_fast.evaluate import CATEGORY, PATIENCE, EvaluateConfig, check, evaluate, split_of
+from spd_fast.evaluate_category import SHOTS
 from spd_fast.models import load_backbone, pick_device
 from spd_fast.report import write_report
 from spd_fast.reproduce_figures import FIGURES, check_targets, write_figures
@@ -139,8 +140,11 @@ def _settings_of(config: ReproduceConfig, jobs: list[Job]) -> dict[Job, Evaluate
 
 
 def _settings(config: ReproduceConfig, job: Job, category: tuple[str, ...]) -> EvaluateConfig:
+    settings = config.settings
+    if settings.epochs and settings.iterations:  # each for the protocols that the paper has it for
+        settings = replace(settings, **{"epochs" if job.protocol in SHOTS else "iterations": None})
     return replace(
-        config.settings,
+        settings,
         category=category,
         data=config.data[job.dataset],
         out=str(Path(config.out) / RUNS / job.weights / job.name),

@@ -94,7 +94,7 @@ def gaussian_case(name: str, seed: int = 0):
     return features, channels
 
 
-def random_gaussians(positions: int, d: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def random_gaussians(positions: int, d: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """A mean (P, d) and a packed lower triangle, whose diagonal is far from zero."""
     from spd_fast.reference import pack
 

@@ -165,7 +165,7 @@ def test_two_class_tables_have_deviations(given, tmp_path, monkeypatch, capsys):
     visa = small_visa(tmp_path / "visa", ("pcb1",), normal=50, anomalous=50)
     shutil.rmtree(visa / "split_csv")
     changed = given | {"data": {"visa": str(visa)}, "weights": {"simsiam": "random"}}
-    quick = dict(iterations=2, draws=2)
+    quick = dict(epochs=1, iterations=2, draws=2)  # high-shot takes the first, k-shot the second
     assert reproduce(config(changed, tmp_path / "out", "table4", "table9", **quick)) == {}
     found = lines(tmp_path / "out" / "table4.csv")
     for protocol, method, level in (("5shot", "classifier", "image"), ("10shot", "unet", "pixel")):
@@ -179,6 +179,7 @@ def test_two_class_tables_have_deviations(given, tmp_path, monkeypatch, capsys):
     assert " ± " in (tmp_path / "out" / "table4.md").read_text()
     page = (tmp_path / "out" / "reproduce.html").read_text()
     for text in (
+        "ResNet classifier, 2-class, high-shot, epochs: 1, not 80.",
         "ResNet classifier, 5-shot, iterations: 2, not 1000.",
         "U-Net, 10-shot, draws: 2, not 5.",
         "simsiam: the backbone is resnet18, not resnet50.",
@@ -187,9 +188,10 @@ def test_two_class_tables_have_deviations(given, tmp_path, monkeypatch, capsys):
         "VisA, 5-shot: the split was drawn, for want of the data set&#39;s split files.",
     ):
         assert text in page
-    assert "lr: " not in page and "flips: " not in page
+    for text in ("lr: ", "flips: ", "high-shot, iterations: ", "shot, epochs: –"):
+        assert text not in page
     warned = (tmp_path / "out" / "table9.md").read_text()
-    assert "- ResNet classifier, 2-class, high-shot, epochs: –, not 80." in warned
+    assert "- ResNet classifier, 2-class, high-shot, epochs: 1, not 80." in warned
     assert "5-shot" not in warned and "U-Net" not in warned
     assert "std" in capsys.readouterr().out
 
