@@ -13,6 +13,8 @@ demo: $(BIN)/.installed-demo
 
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -q
+	@echo "The Triton kernels, in their interpreter."
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
 
 lint:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*

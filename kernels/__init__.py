@@ -1,1 +1,1 @@
-"""Triton kernels; installed as ``spd_fast.kernels``. None is shipped yet: see `spd-fast info`."""
+"""Triton kernels; installed as ``spd_fast.kernels``."""

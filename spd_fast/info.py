@@ -46,7 +46,7 @@ def describe() -> str:
     lines += ["operations, backends in order of preference"]
     for operation, backends in OPERATIONS.items():
         for i, backend in enumerate(backends):
-            state = "; ".join(backend.missing) or "available"
+            state = "; ".join(backend.missing()) or "available"
             name = operation if i == 0 else ""
             lines.append(f"  {name:<22}{backend.name:<11}{backend.device:<6}{state}")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
 import os
+from importlib.util import find_spec
 
 # Idle OpenMP threads spin for a while; on a busy machine that makes the tests ten times as slow.
 # Read when torch loads the library.
@@ -39,12 +40,24 @@ def data(tmp_path_factory):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs an NVIDIA GPU")
+    config.addinivalue_line("markers", "triton: runs on a GPU, or with TRITON_INTERPRET=1 without")
+    config.addinivalue_line("markers", "interpreted: needs TRITON_INTERPRET=1")
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `cuda` skip without a GPU, and fail instead under SPD_FAST_REQUIRE_CUDA=1."""
-    if torch.cuda.is_available() or os.environ.get("SPD_FAST_REQUIRE_CUDA") == "1":
-        return
+    """Skip what cannot run here; without a GPU, `cuda` fails under SPD_FAST_REQUIRE_CUDA=1."""
+    gpu = torch.cuda.is_available() or os.environ.get("SPD_FAST_REQUIRE_CUDA") == "1"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    reasons = {}
+    if not gpu:
+        reasons["cuda"] = "no NVIDIA GPU"
+    if not interpreted:  # Triton cannot do both in one process
+        reasons["interpreted"] = "a process of its own: TRITON_INTERPRET=1 pytest -m triton"
+    if not gpu and not interpreted:
+        reasons["triton"] = reasons["interpreted"]
+    if find_spec("triton") is None:
+        reasons["triton"] = "triton is not installed"
     for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -32,7 +33,7 @@ class Backend:
     device: str  # for `spd-fast info`
     function: Callable
     reasons: Callable[..., list[str]]  # why it cannot take these arguments; empty: it can
-    missing: Sequence[str] = ()  # why it cannot run here whatever the arguments
+    missing: Callable[[], Sequence[str]] = tuple  # why it cannot run here, whatever the arguments
 
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {}
@@ -64,7 +65,7 @@ def select(operation: str, asked: str | None, *arguments) -> Backend:
     refusals = []
     for backend in backends:
         if name in ("auto", backend.name):
-            reasons = [*backend.missing, *backend.reasons(*arguments)]
+            reasons = [*backend.missing(), *backend.reasons(*arguments)]
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
@@ -73,7 +74,25 @@ def select(operation: str, asked: str | None, *arguments) -> Backend:
 
 def native_backend(function: Callable, reasons: Callable[..., list[str]]) -> Backend:
     """The CPU backend in C++."""
-    return Backend("native", "cpu", function, reasons, _NATIVE_MISSING)
+    return Backend("native", "cpu", function, reasons, lambda: _NATIVE_MISSING)
+
+
+def triton_backend(function: Callable, reasons: Callable[..., list[str]]) -> Backend:
+    """The GPU backend in Triton. With TRITON_INTERPRET=1 it takes CPU tensors, for tests."""
+    return Backend("triton", "cuda", function, reasons, _triton_missing)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_missing() -> list[str]:
+    if find_spec("triton") is None:
+        return ["triton is not installed"]
+    if not interpreted() and not torch.cuda.is_available():
+        return ["no GPU that torch can use"]
+    return []
 
 
 def reference_backend(function: Callable) -> Backend:
@@ -89,6 +108,33 @@ def not_on_cpu(tensors: Sequence[torch.Tensor]) -> list[str]:
     return [f"needs CPU tensors, got {', '.join(devices)}"]
 
 
+def not_for_triton(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """The Triton backends' reason against tensors on other devices."""
+    device = "cpu" if interpreted() else "cuda"
+    devices = sorted({str(t.device) for t in tensors})
+    if len(devices) == 1 and tensors[0].device.type == device:
+        return []
+    where = "CPU tensors under TRITON_INTERPRET=1" if interpreted() else "tensors on one GPU"
+    return [f"needs {where}, got {', '.join(devices)}"]
+
+
 def thread_count(threads: int) -> int:
     """0 means as many threads as torch uses."""
     return threads or torch.get_num_threads()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """In this block a GPU multiplies float32 matrices as such, whatever the process allows: TF32
+    would round their elements to 11 bits."""
+    flags = torch.backends.cuda.matmul
+    # torch 2.9 renamed the switch, and refuses to read the old one once the new one was set.
+    name, exact = (
+        ("fp32_precision", "ieee") if hasattr(flags, "fp32_precision") else ("allow_tf32", False)
+    )
+    before = getattr(flags, name)
+    setattr(flags, name, exact)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)

@@ -5,7 +5,7 @@ The Gaussians of a grid of P positions in d channels are a mean (P, d) and a pac
 triangle holds the scatter of the features; `gaussian_factor` turns it into the whitening factor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from spd_fast import reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    full_float32,
     native,
     native_backend,
+    not_for_triton,
     not_on_cpu,
     reference_backend,
     select,
     thread_count,
+    triton_backend,
 )
-from spd_fast.ops.factor import FACTOR_DTYPES, factor_width
+from spd_fast.ops.factor import FACTOR_DTYPES, blocks_of_matrices, factor_width
 from spd_fast.reference import packed_size
 
 
@@ -41,12 +44,13 @@ def mahalanobis_map(
     Args:
         features: float layers (B, C_l, h_l, w_l), the finest first; its h x w is the grid, which
             the others are brought to by nearest neighbour.
-        channels: (d,) int64 indices into the concatenated channels.
+        channels: (d,) int64 indices into the concatenated channels. On a GPU, where looking at them
+            would hold up the stream, one out of range is taken for a feature of 0.
         mean: (P, d) float32, P = h * w.
         factor: (P, packed_size(d)), the packed W, float32, float16 or bfloat16; or int8 as
             `spd_fast.reference.quantize` makes it.
         threads: CPU threads; 0 = torch.get_num_threads().
-        backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
+        backend: "reference", "native", "triton" or "auto"; see `spd_fast.ops.backends`.
 
     Returns:
         (B, h, w) float32 distances.
@@ -185,7 +189,7 @@ def _check(
         raise InputError(
             f"channels must be (d,) int64, got {channels.dtype} {tuple(channels.shape)}"
         )
-    if int(channels.min()) < 0 or int(channels.max()) >= total:
+    if channels.is_cpu and not 0 <= int(channels.min()) <= int(channels.max()) < total:
         raise InputError(
             f"channels must be in 0..{total - 1}, as the features have {total}; got "
             f"{int(channels.min())}..{int(channels.max())}"
@@ -211,6 +215,21 @@ def _native_reasons(features, channels, mean, packed) -> list[str]:
     if not (mean.is_contiguous() and packed.is_contiguous()):
         reasons.append("mean and packed triangle must be contiguous")
     return reasons
+
+
+def _triton_reasons(features, channels, mean, packed) -> list[str]:
+    reasons = not_for_triton([*features, channels, mean, packed])
+    if packed.dtype == torch.int8:
+        reasons.append("no int8 factor in Triton")
+    if not (channels.is_contiguous() and mean.is_contiguous() and packed.is_contiguous()):
+        reasons.append("channels, mean and packed triangle must be contiguous")
+    return reasons
+
+
+def _map_triton(features, channels, mean, factor, threads) -> Tensor:
+    from spd_fast.kernels import mahalanobis  # imports triton, which takes a while
+
+    return mahalanobis.mahalanobis_map(features, channels, mean, factor)
 
 
 def _arrays(features: Sequence[Tensor]) -> list:
@@ -254,28 +273,46 @@ def _factor_native(scatter, d, count, ridge, threads) -> None:
         raise InputError("a covariance is not positive definite")
 
 
+def _blocks(
+    features: Sequence[Tensor], channels: Tensor, mean: Tensor, packed: Tensor
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor, Tensor]]:
+    """The arguments cut into positions that are few enough for their matrices to be made whole."""
+    x = reference.embed(features, channels).flatten(2)[:, :, None]  # one row of the grid
+    every = torch.arange(len(channels), device=x.device)
+    for block in blocks_of_matrices(len(mean), len(channels)):
+        yield [x[..., block]], every, mean[block], packed[block]
+
+
+def _map_reference(features, channels, mean, factor, threads) -> Tensor:
+    batch, _, height, width = features[0].shape
+    with full_float32():
+        parts = [reference.mahalanobis_map(*b) for b in _blocks(features, channels, mean, factor)]
+    return torch.cat(parts, 2).view(batch, height, width)
+
+
+def _update_reference(features, channels, count, mean, scatter, threads) -> None:
+    with full_float32():
+        for layers, every, its_mean, its_scatter in _blocks(features, channels, mean, scatter):
+            reference.gaussian_update(layers, every, count, its_mean, its_scatter)
+
+
 def _factor_reference(scatter, d, count, ridge, threads) -> None:
     try:
-        reference.gaussian_factor(scatter, d, count, ridge)
+        with full_float32():
+            for block in blocks_of_matrices(len(scatter), d):
+                reference.gaussian_factor(scatter[block], d, count, ridge)
     except torch.linalg.LinAlgError as error:
         raise InputError(f"a covariance is not positive definite: {error}") from error
 
 
 OPERATIONS["mahalanobis_map"] = (
     native_backend(_map_native, _native_reasons),
-    reference_backend(
-        lambda features, channels, mean, factor, threads: reference.mahalanobis_map(
-            features, channels, mean, factor
-        )
-    ),
+    triton_backend(_map_triton, _triton_reasons),
+    reference_backend(_map_reference),
 )
 OPERATIONS["gaussian_update"] = (
     native_backend(_update_native, _native_reasons),
-    reference_backend(
-        lambda features, channels, count, mean, scatter, threads: reference.gaussian_update(
-            features, channels, count, mean, scatter
-        )
-    ),
+    reference_backend(_update_reference),
 )
 OPERATIONS["gaussian_factor"] = (
     native_backend(_factor_native, _factor_reasons),
