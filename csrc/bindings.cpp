@@ -105,6 +105,11 @@ static py::dict build_config() {
     config["openmp"] = false;
 #endif
     config["compiler"] = __VERSION__;
+#ifdef SPD_HAVE_CUDA
+    config["cuda"] = cuda_config();
+#else
+    config["cuda"] = "not built";
+#endif
     return config;
 }
 
@@ -112,11 +117,14 @@ static py::dict build_config() {
 
 PYBIND11_MODULE(_C, m) {
     spd::kernels = spd::choose_kernels();
-    m.doc() = "CPU kernels of spd_fast; call them through spd_fast.ops.";
+    m.doc() = "Compiled kernels of spd_fast; call them through spd_fast.ops.";
     m.def("build_config", &spd::build_config);
     m.def("advise_huge_pages", &spd::advise_huge_pages);
     m.def("give_back", &spd::give_back);
     spd::bind_views(m);
     spd::bind_padim(m);
     spd::bind_patchcore(m);
+#ifdef SPD_HAVE_CUDA
+    spd::bind_cuda(m);
+#endif
 }

@@ -39,6 +39,10 @@ extern const Kernels* kernels;  // chosen at import
 void bind_views(py::module_& m);
 void bind_padim(py::module_& m);
 void bind_patchcore(py::module_& m);
+#ifdef SPD_HAVE_CUDA
+void bind_cuda(py::module_& m);
+std::string cuda_config();  // what it was built with and finds
+#endif
 
 // --------------------------------------------------------------------------------------- threads
 

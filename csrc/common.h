@@ -53,11 +53,17 @@ static inline uint16_t to_half(float f) {
     return uint16_t(sign | ((x + 0xc8000fff + ((x >> 13) & 1)) >> 13));
 }
 
-static inline float from_half(uint16_t h) {
+SPD_HD static inline float from_half(uint16_t h) {
+#ifdef __CUDA_ARCH__
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+#else
     const uint32_t sign = uint32_t(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x7c00) return float_of(sign | 0x7f800000 | (rest & 0x3ff) << 13);
     if (rest >= 0x400) return float_of(sign | ((rest << 13) + 0x38000000));
     return float_of(sign | bits_of(float(rest) * 0x1p-24f));
+#endif
 }
 
 static inline uint16_t to_bfloat16(float f) {

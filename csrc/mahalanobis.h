@@ -44,7 +44,7 @@ struct Features {
     int grid_height, grid_width;
 };
 
-enum class FactorType { float32, float16, int8 };
+enum class FactorType { float32, float16, bfloat16, int8 };
 
 struct MahalanobisArgs {
     Features features;
@@ -53,6 +53,23 @@ struct MahalanobisArgs {
     FactorType factor_type;
     float* out;  // (batch, positions)
 };
+
+// On a GPU. All pointers are the device's; kept channels are looked for in the layers there.
+constexpr int most_layers = 4, most_images = 4;
+constexpr int most_channels = 3072;  // whose values fit into 48 KB, for 4 images
+struct GpuMahalanobisArgs {
+    Layer layer[most_layers];  // without row and column
+    int layers;
+    const int64_t* channels;  // (d,) in the concatenation of the layers; one out of range reads 0
+    int d, batch;
+    int grid_height, grid_width;
+    const float* mean;   // (positions, d)
+    const void* factor;  // (positions, packed_size(d)), 16-byte aligned, not int8
+    FactorType factor_type;
+    float* out;  // (batch, positions)
+    void* stream;
+};
+void mahalanobis_cuda(const GpuMahalanobisArgs& args);
 
 struct GaussianUpdateArgs {
     Features features;

@@ -82,6 +82,19 @@ def triton_backend(function: Callable, reasons: Callable[..., list[str]]) -> Bac
     return Backend("triton", "cuda", function, reasons, _triton_missing)
 
 
+def cuda_backend(function: Callable, reasons: Callable[..., list[str]]) -> Backend:
+    """The GPU backend in CUDA C++, which is there if the compiled module was built with it."""
+    return Backend("cuda", "cuda", function, reasons, _cuda_missing)
+
+
+def _cuda_missing() -> Sequence[str]:
+    if native is None:
+        return _NATIVE_MISSING
+    if native.build_config()["cuda"] == "not built":
+        return ["the compiled module was built without CUDA"]
+    return [] if torch.cuda.is_available() else ["no GPU that torch can use"]
+
+
 def interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,9 +103,8 @@ def interpreted() -> bool:
 def _triton_missing() -> list[str]:
     if find_spec("triton") is None:
         return ["triton is not installed"]
-    if not interpreted() and not torch.cuda.is_available():
-        return ["no GPU that torch can use"]
-    return []
+    usable = interpreted() or torch.cuda.is_available()
+    return [] if usable else ["no GPU that torch can use"]
 
 
 def reference_backend(function: Callable) -> Backend:
@@ -108,14 +120,22 @@ def not_on_cpu(tensors: Sequence[torch.Tensor]) -> list[str]:
     return [f"needs CPU tensors, got {', '.join(devices)}"]
 
 
+def not_on_one_gpu(tensors: Sequence[torch.Tensor]) -> list[str]:
+    """The GPU backends' reason against tensors on other devices."""
+    devices = sorted({str(t.device) for t in tensors})
+    if len(devices) == 1 and tensors[0].is_cuda:
+        return []
+    return [f"needs tensors on one GPU, got {', '.join(devices)}"]
+
+
 def not_for_triton(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The Triton backends' reason against tensors on other devices."""
-    device = "cpu" if interpreted() else "cuda"
-    devices = sorted({str(t.device) for t in tensors})
-    if len(devices) == 1 and tensors[0].device.type == device:
-        return []
-    where = "CPU tensors under TRITON_INTERPRET=1" if interpreted() else "tensors on one GPU"
-    return [f"needs {where}, got {', '.join(devices)}"]
+    return not_on_cpu(tensors) if interpreted() else not_on_one_gpu(tensors)
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """Address of the stream that torch uses on the tensor's GPU at present."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def thread_count(threads: int) -> int:

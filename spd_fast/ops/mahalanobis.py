@@ -14,18 +14,24 @@ from spd_fast import reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    cuda_backend,
     full_float32,
     native,
     native_backend,
     not_for_triton,
     not_on_cpu,
+    not_on_one_gpu,
     reference_backend,
     select,
+    stream_of,
     thread_count,
     triton_backend,
 )
 from spd_fast.ops.factor import FACTOR_DTYPES, blocks_of_matrices, factor_width
 from spd_fast.reference import packed_size
+
+# What csrc/mahalanobis.cu takes: registers hold the sums, shared memory the features.
+CUDA_IMAGES, CUDA_LAYERS, CUDA_CHANNELS = 4, 4, 3072
 
 
 def mahalanobis_map(
@@ -50,7 +56,7 @@ def mahalanobis_map(
         factor: (P, packed_size(d)), the packed W, float32, float16 or bfloat16; or int8 as
             `spd_fast.reference.quantize` makes it.
         threads: CPU threads; 0 = torch.get_num_threads().
-        backend: "reference", "native", "triton" or "auto"; see `spd_fast.ops.backends`.
+        backend: "reference", "native", "cuda", "triton" or "auto"; see `spd_fast.ops.backends`.
 
     Returns:
         (B, h, w) float32 distances.
@@ -217,6 +223,45 @@ def _native_reasons(features, channels, mean, packed) -> list[str]:
     return reasons
 
 
+def _cuda_reasons(features, channels, mean, packed) -> list[str]:
+    reasons = not_on_one_gpu([*features, channels, mean, packed])
+    batch, d = len(features[0]), len(channels)
+    if batch > CUDA_IMAGES:
+        reasons.append(f"takes at most {CUDA_IMAGES} images at a time, got {batch}")
+    if len(features) > CUDA_LAYERS or d > CUDA_CHANNELS:
+        reasons.append(f"takes at most {CUDA_LAYERS} layers and {CUDA_CHANNELS} channels")
+    if packed.dtype == torch.int8:
+        reasons.append("no int8 factor in CUDA")
+    if any(f.dtype != torch.float32 for f in features):
+        reasons.append("features must be float32")
+    if not (channels.is_contiguous() and mean.is_contiguous() and packed.is_contiguous()):
+        reasons.append("channels, mean and packed triangle must be contiguous")
+    if packed.data_ptr() % 16:
+        reasons.append("the packed triangle must begin at a multiple of 16 bytes")
+    return reasons
+
+
+def _map_cuda(features, channels, mean, factor, threads) -> Tensor:
+    batch, _, height, width = features[0].shape
+    out = mean.new_empty(batch, height, width)
+    if batch:
+        with torch.cuda.device_of(mean):
+            native.cuda_mahalanobis_map(
+                [(f.data_ptr(), f.shape[1:], f.stride()) for f in features],
+                channels.data_ptr(),
+                mean.data_ptr(),
+                factor.data_ptr(),
+                str(factor.dtype).removeprefix("torch."),
+                len(channels),
+                batch,
+                height,
+                width,
+                out.data_ptr(),
+                stream_of(mean),
+            )
+    return out
+
+
 def _triton_reasons(features, channels, mean, packed) -> list[str]:
     reasons = not_for_triton([*features, channels, mean, packed])
     if packed.dtype == torch.int8:
@@ -307,6 +352,7 @@ def _factor_reference(scatter, d, count, ridge, threads) -> None:
 
 OPERATIONS["mahalanobis_map"] = (
     native_backend(_map_native, _native_reasons),
+    cuda_backend(_map_cuda, _cuda_reasons),
     triton_backend(_map_triton, _triton_reasons),
     reference_backend(_map_reference),
 )

@@ -1,0 +1,106 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads what they need.
+
+Needs no GPU: Triton brings the assembler. `compiled_for` lets the launching code itself run on
+`meta` tensors, so what is compiled is what a real launch would use.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+class Compiled:
+    """One kernel for one architecture, and the launch that it was compiled for."""
+
+    def __init__(self, kernel, grid: tuple[int, ...]):
+        self.name = kernel.metadata.name
+        self.arch = kernel.metadata.target.arch
+        self.grid = grid
+        self.threads = 32 * kernel.metadata.num_warps
+        self.shared = kernel.metadata.shared  # bytes a block
+        self._binary = kernel.asm["cubin"]
+
+    @cached_property
+    def resources(self) -> dict[str, int]:
+        """`registers` a thread and bytes of its `stack`."""
+        text = _run("cuobjdump", "--dump-resource-usage", binary=self._binary)
+        (registers,), (stack,) = re.findall(r"REG:(\d+)", text), re.findall(r"STACK:(\d+)", text)
+        return {"registers": int(registers), "stack": int(stack)}
+
+    @cached_property
+    def instructions(self) -> list[str]:
+        """Of the machine code, with their addresses."""
+        text = _run("nvdisasm", "-c", binary=self._binary)
+        return [line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+
+    def count(self, *names: str) -> int:
+        """Instructions of these names, such as "STL"."""
+        pattern = re.compile(rf"\b({'|'.join(names)})\b")
+        return sum(bool(pattern.search(line)) for line in self.instructions)
+
+
+@contextmanager
+def compiled_for(arch: int) -> Iterator[list[Compiled]]:
+    """In this block launches of Triton kernels compile for sm_`arch` instead of running.
+
+    Yields the list that they are put into, each kernel once.
+    """
+    found: list[Compiled] = []
+    seen = set()
+    launch = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        if id(kernel) not in seen:
+            seen.add(id(kernel))
+            found.append(Compiled(kernel, tuple(grid)))
+        return kernel
+
+    before = driver._active
+    driver.set_active(_NoGpu(arch))
+    JITFunction.run = compile_only
+    try:
+        yield found
+    finally:
+        JITFunction.run = launch
+        driver._active = before
+
+
+class _NoGpu:
+    """What compiling asks of a driver."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # under which compiled kernels are kept
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def _run(tool: str, *options: str, binary: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        command = [str(TOOLS / tool), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,280 @@
+// Runs CUDA kernels on the CPU, for tests: a C++20 compiler includes it before a .cu file.
+//
+// One block runs after the other. Its threads are fibers of one host thread that give way only
+// where threads of a GPU wait for each other: at barriers and exchanges within a warp. A barrier
+// that not all threads reach, or an exchange with a wrong mask, throws. Shared memory whose size is
+// given at the launch begins as NaN. SPD_FAST_THREAD_ORDER says which thread runs first: 0 the
+// first, 1 the last, another number a shuffled order: what a missing barrier breaks, one of them
+// shows. Not shown: races between blocks, and what depends on a warp's threads running in step.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if !defined(__x86_64__)
+#error "the switch between fibers is written for x86-64"
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define SPD_CUDA_ON_CPU
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+
+namespace on_cpu {
+
+constexpr unsigned warp = 32;
+constexpr size_t stack_bytes = 64 << 10;
+
+// The address sanitizer must know which stack is in use.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t size);
+extern "C" void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom,
+                                                size_t* size);
+extern "C" void __asan_unpoison_memory_region(const volatile void* address, size_t size);
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+inline void __asan_unpoison_memory_region(const volatile void*, size_t) {}
+#endif
+
+// Saves the registers that a called function must keep, and the stack pointer; goes on with others.
+extern "C" void on_cpu_switch(void** from, void* to);
+asm(R"(
+.text
+.weak on_cpu_switch
+.type on_cpu_switch, @function
+on_cpu_switch:
+    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    ret
+.size on_cpu_switch, .-on_cpu_switch
+)");
+
+enum class State { ready, at_barrier, exchanging, done };
+
+struct Fiber {
+    void* stack_pointer;
+    uint3 thread;
+    State state;
+    unsigned mask;   // of the exchange that it waits for
+    uint64_t value;  // that it brings there
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<unsigned> order;     // in which they run
+    std::vector<char> stacks;
+    std::vector<uint64_t> exchanged;  // what the lanes brought to their warp's last exchange
+    std::vector<char> dynamic_shared;
+    std::function<void()> kernel;
+    std::exception_ptr error;
+    void* scheduler = nullptr;  // stack pointer
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+    unsigned current = 0;
+};
+
+inline Block* block = nullptr;  // the one that runs
+inline uint3 thread_index{}, block_index{};
+inline dim3 block_size, grid_size;
+
+[[noreturn]] inline void fail(const std::string& what) {
+    const auto number = [](unsigned n) { return std::to_string(n); };
+    throw std::runtime_error(what + " in block (" + number(block_index.x) + ", " +
+                             number(block_index.y) + ", " + number(block_index.z) + ")");
+}
+
+// Back to the scheduler, until what the thread waits for has happened.
+inline void wait_as(State state) {
+    Fiber& me = block->fibers[block->current];
+    me.state = state;
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(state == State::done ? nullptr : &fake, block->scheduler_stack,
+                                   block->scheduler_stack_size);
+    on_cpu_switch(&me.stack_pointer, block->scheduler);
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+}
+
+inline void begin_fiber() {
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack,
+                                    &block->scheduler_stack_size);
+    try {
+        block->kernel();
+    } catch (...) {
+        block->error = std::current_exception();
+    }
+    wait_as(State::done);
+    std::abort();
+}
+
+inline void prepare(Block& b) {
+    // Frames of the block before were left as they were.
+    __asan_unpoison_memory_region(b.stacks.data(), b.stacks.size());
+    for (size_t i = 0; i < b.fibers.size(); ++i) {
+        const uintptr_t end = reinterpret_cast<uintptr_t>(b.stacks.data()) + (i + 1) * stack_bytes;
+        auto* top = reinterpret_cast<uint64_t*>(end & ~uintptr_t(15));
+        *--top = 0;  // where a caller would be; keeps the stack aligned as at a call
+        *--top = reinterpret_cast<uint64_t>(&begin_fiber);
+        for (int registers = 0; registers < 6; ++registers) *--top = 0;
+        b.fibers[i].stack_pointer = top;
+        b.fibers[i].state = State::ready;
+    }
+}
+
+inline void resume(Block& b, unsigned i) {
+    b.current = i;
+    thread_index = b.fibers[i].thread;
+    void* fake = nullptr;
+    __sanitizer_start_switch_fiber(&fake, b.stacks.data() + i * stack_bytes, stack_bytes);
+    on_cpu_switch(&b.scheduler, b.fibers[i].stack_pointer);
+    __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+    if (b.error) std::rethrow_exception(b.error);
+}
+
+// Lets a warp's exchange happen once all lanes of its mask wait for it.
+inline bool exchange(Block& b, unsigned first) {
+    const unsigned last = std::min(first + warp, unsigned(b.fibers.size()));
+    unsigned waiting = 0, mask = 0;
+    for (unsigned i = first; i < last; ++i)
+        if (b.fibers[i].state == State::exchanging) {
+            waiting |= 1u << (i - first);
+            mask = b.fibers[i].mask;
+            if (!(mask >> (i - first) & 1)) fail("a lane is not in its own mask");
+        }
+    if (!waiting || (waiting & mask) != mask) return false;
+    for (unsigned i = first; i < last; ++i)
+        if (mask >> (i - first) & 1) {
+            if (b.fibers[i].mask != mask) fail("lanes of an exchange have different masks");
+            b.fibers[i].state = State::ready;
+            b.exchanged[i] = b.fibers[i].value;
+        }
+    return true;
+}
+
+inline void run(Block& b) {
+    prepare(b);
+    const auto number_in = [&](State state) {
+        return std::count_if(b.fibers.begin(), b.fibers.end(),
+                             [&](const Fiber& f) { return f.state == state; });
+    };
+    const auto all = std::ptrdiff_t(b.fibers.size());
+    while (number_in(State::done) < all) {
+        bool moved = false;
+        for (unsigned i : b.order)
+            if (b.fibers[i].state == State::ready) resume(b, i), moved = true;
+        for (unsigned first = 0; first < b.fibers.size(); first += warp)
+            moved = exchange(b, first) || moved;
+        if (number_in(State::at_barrier) == all) {
+            for (Fiber& f : b.fibers) f.state = State::ready;
+            moved = true;
+        }
+        if (!moved && number_in(State::done) < all)
+            fail("threads wait for a barrier or an exchange that others do not come to");
+    }
+}
+
+inline void launch(dim3 grid, dim3 size, size_t shared, std::function<void()> kernel) {
+    Block b;
+    const unsigned threads = size.x * size.y * size.z;
+    b.fibers.resize(threads);
+    b.order.resize(threads);
+    b.exchanged.resize((threads + warp - 1) / warp * warp);
+    b.stacks.resize(threads * stack_bytes);
+    b.kernel = std::move(kernel);
+    for (unsigned i = 0; i < threads; ++i) {
+        b.fibers[i].thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+        b.order[i] = i;
+    }
+    const char* asked = std::getenv("SPD_FAST_THREAD_ORDER");
+    const int order = asked ? std::atoi(asked) : 0;
+    if (order == 1) std::reverse(b.order.begin(), b.order.end());
+    if (order > 1) std::shuffle(b.order.begin(), b.order.end(), std::mt19937(order));
+    block = &b;
+    grid_size = grid;
+    block_size = size;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                block_index = {x, y, z};
+                b.dynamic_shared.assign(shared, char(0xff));  // a new size: the sanitizer sees it
+                b.dynamic_shared.shrink_to_fit();
+                run(b);
+            }
+    block = nullptr;
+}
+
+inline unsigned lane() { return block->current % warp; }
+
+// What every lane of the warp brought.
+inline const uint64_t* bring(unsigned mask, uint64_t value) {
+    Fiber& me = block->fibers[block->current];
+    me.value = value;
+    me.mask = mask;
+    wait_as(State::exchanging);
+    return block->exchanged.data() + block->current / warp * warp;
+}
+
+template <class T>
+T value_of_lane(unsigned mask, T value, unsigned source) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof value);
+    bits = bring(mask, bits)[source % warp];
+    if (!(mask >> source % warp & 1)) fail("an exchange reads a lane outside its mask");
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+}  // namespace on_cpu
+
+#define threadIdx (on_cpu::thread_index)
+#define blockIdx (on_cpu::block_index)
+#define blockDim (on_cpu::block_size)
+#define gridDim (on_cpu::grid_size)
+
+inline void __syncthreads() { on_cpu::wait_as(on_cpu::State::at_barrier); }
+inline void __syncwarp(unsigned mask = ~0u) { on_cpu::bring(mask, 0); }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source) {
+    return on_cpu::value_of_lane(mask, value, source);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+    return on_cpu::value_of_lane(mask, value, on_cpu::lane() ^ bits);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by) {  // past the end: the lane's own
+    const unsigned source = on_cpu::lane() + by;
+    return on_cpu::value_of_lane(mask, value, source < on_cpu::warp ? source : on_cpu::lane());
+}
+
+#define SPD_LAUNCH(kernel, grid, threads, shared, stream, ...) \
+    ((void)(stream), on_cpu::launch(grid, threads, shared, [=] { kernel(__VA_ARGS__); }))
+#define SPD_DYNAMIC_SHARED(T, name) \
+    T* const name = reinterpret_cast<T*>(on_cpu::block->dynamic_shared.data())
