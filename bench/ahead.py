@@ -44,7 +44,9 @@ class Compiled:
     def instructions(self) -> list[str]:
         """Of the machine code, with their addresses."""
         text = _run("nvdisasm", "-c", binary=self._binary)
-        return [line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+        return [
+            line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)
+        ]
 
     def count(self, *names: str) -> int:
         """Instructions of these names, such as "STL"."""

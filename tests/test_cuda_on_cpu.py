@@ -1,9 +1,10 @@
-"""The CUDA kernels, run on the CPU in three orders of their threads, and once more under sanitizers.
+"""The CUDA kernels on the CPU, in three orders of their threads, and again under sanitizers.
 
 With SPD_FAST_CUDA_ON_CPU a module that is built already is taken.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,14 +21,30 @@ from spd_fast.ops import mahalanobis
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or which("g++") is None, reason="needs g++ on Linux"
 )
+whole = pytest.mark.skipif(
+    "SPD_FAST_CUDA_ON_CPU" in os.environ, reason="of the run that builds the modules"
+)
 ORDERS = ("0", "1", "7")  # forwards, backwards, shuffled
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    given = os.environ.get("SPD_FAST_CUDA_ON_CPU")
-    return cuda_module.load(Path(given or cuda_module.build(tmp_path_factory.mktemp("cuda"))))
+def bindings(tmp_path_factory):
+    return cuda_module.compile_bindings(tmp_path_factory.mktemp("bindings"))
+
+
+@pytest.fixture(scope="module")
+def sanitized_bindings(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sanitized_bindings")
+    return cuda_module.compile_bindings(directory, cuda_module.SANITIZERS)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory, request):
+    if given := os.environ.get("SPD_FAST_CUDA_ON_CPU"):
+        return cuda_module.load(Path(given))
+    bindings = request.getfixturevalue("bindings")
+    return cuda_module.load(cuda_module.build(tmp_path_factory.mktemp("cuda"), bindings))
 
 
 @pytest.fixture(params=ORDERS)
@@ -123,15 +140,15 @@ def test_what_it_cannot_take_is_said():
     assert "16 bytes" in mahalanobis._cuda_reasons(features, channels, mean, odd)[-1]
 
 
-@pytest.mark.skipif("SPD_FAST_CUDA_ON_CPU" in os.environ, reason="this is that run")
-def test_sanitizers_find_nothing(tmp_path):
+@whole
+def test_sanitizers_find_nothing(sanitized_bindings, tmp_path):
     """All of the above, with the address and undefined-behaviour sanitizers."""
-    library = cuda_module.build(tmp_path, cuda_module.SANITIZERS)
-    done = sanitized([__file__], library)
+    library = cuda_module.build(tmp_path, sanitized_bindings, cuda_module.SANITIZERS)
+    done = sanitized(library, __file__)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def sanitized(pytest_arguments: list[str], library: Path) -> subprocess.CompletedProcess:
+def sanitized(library: Path, *pytest_arguments: str) -> subprocess.CompletedProcess:
     runtimes = [
         subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True)
         for name in ("libasan", "libubsan")
@@ -141,5 +158,96 @@ def sanitized(pytest_arguments: list[str], library: Path) -> subprocess.Complete
         "ASAN_OPTIONS": "detect_leaks=0",
         "SPD_FAST_CUDA_ON_CPU": str(library),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *pytest_arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        *pytest_arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+# ------------------------------------------------------------- faults that these checks must find
+
+
+def faulty(directory: Path, old: str, new: str, count: int = -1) -> Path:
+    """The sources with something replaced."""
+    sources = directory / "csrc"
+    shutil.copytree(cuda_module.ROOT / "csrc", sources)
+    source = sources / "mahalanobis.cu"
+    text = source.read_text()
+    assert old in text
+    source.write_text(text.replace(old, new, count))
+    return sources
+
+
+def worst_error() -> float:
+    """Over the thread orders."""
+    features, channels = gaussian_case("three layers")
+    mean, factor = random_gaussians(64, 20)
+    exact = reference.mahalanobis_map(features, channels, mean, factor)
+    errors = []
+    for order in ORDERS:
+        os.environ["SPD_FAST_THREAD_ORDER"] = order
+        found = cuda_map(features, channels, mean, factor)
+        errors.append(float((found - exact).abs().nan_to_num(torch.inf).max()))
+    return max(errors)
+
+
+@whole
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("__syncthreads();\n\n    const T*", "const T*"),  # the features are not all there
+        ("__syncthreads();\n    const int b", "const int b"),  # nor the warps' sums
+        ("__syncthreads();\n    for", "for"),  # nor the places in the layers
+        ("lane % image_unit == 0 && ", "lane % image_unit == 1 && lane > 1 && "),
+        ("8 * (last + 1)", "8 * last"),
+    ],
+)
+def test_a_wrong_result_is_found(old, new, bindings, tmp_path, monkeypatch):
+    sources = faulty(tmp_path, old, new)
+    module = cuda_module.load(cuda_module.build(tmp_path, bindings, sources=sources))
+    monkeypatch.setattr(mahalanobis, "native", module)
+    monkeypatch.setattr(mahalanobis, "stream_of", lambda tensor: 0)
+    monkeypatch.setenv("SPD_FAST_THREAD_ORDER", "0")
+    assert worst_error() > 1e-3
+
+
+@whole
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("shfl_xor_sync(all_lanes, sq", "shfl_xor_sync(all_lanes / 2, sq", "in its own mask"),
+        ("    float squares = 0;", "    if (lane == 5) return; float squares = 0;", "do not come"),
+        ("    __syncthreads();\n\n", "    if (warp) __syncthreads();\n\n", "do not come"),
+    ],
+)
+def test_threads_that_miss_each_other_are_found(old, new, message, bindings, tmp_path, monkeypatch):
+    sources = faulty(tmp_path, old, new)
+    module = cuda_module.load(cuda_module.build(tmp_path, bindings, sources=sources))
+    monkeypatch.setattr(mahalanobis, "native", module)
+    monkeypatch.setattr(mahalanobis, "stream_of", lambda tensor: 0)
+    with pytest.raises(RuntimeError, match=message):
+        worst_error()
+
+
+@whole
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("gridDim.x + position]", "gridDim.x + position + 1]", "heap-buffer-overflow"),
+        ("return layer.data[image", "return layer.data[1 + image", "heap-buffer-overflow"),
+        ("k < 8 * n_panels;", "k <= 8 * n_panels;", "heap-buffer-overflow"),
+        ("part[warp][lane / image_unit] =", "part[warp][B + lane / image_unit] =", "out of bounds"),
+    ],
+)
+def test_the_sanitizers_find_what_is_out_of_bounds(old, new, message, sanitized_bindings, tmp_path):
+    sources = faulty(tmp_path, old, new)
+    library = cuda_module.build(tmp_path, sanitized_bindings, cuda_module.SANITIZERS, sources)
+    done = sanitized(library, __file__, "-k", "map_equals_reference and dtype0", "-x")
+    assert done.returncode and message in done.stdout + done.stderr, done.stderr[-2000:]

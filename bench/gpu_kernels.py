@@ -1,0 +1,81 @@
+"""The GPU kernels at the sizes that budgets and models are for, compiled without a GPU."""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from ahead import TOOLS, compiled_for
+from spd_fast.kernels import mahalanobis
+
+from spd_fast import _C
+from spd_fast.reference import packed_size
+
+# PaDiM on a WideResNet-50 at 256 x 256 pixels.
+LAYERS, CHANNELS = ((256, 64), (512, 32), (1024, 16)), 550
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Usage(NamedTuple):
+    """What a kernel takes on one architecture: bytes, but `registers` of a thread."""
+
+    kernel: str
+    arch: int
+    registers: int
+    stack: int  # of a thread: spilled registers, or arrays that are not in registers
+    shared: int  # of a block; of the CUDA kernels what is known before the launch
+
+
+def triton_launches() -> dict[str, Callable[[], object]]:
+    """By what tells kernels of one name apart; on `meta` tensors."""
+    return {
+        f"{dtype}, {batch} images, {'NHWC' if channels_last else 'NCHW'}": (
+            lambda dtype=dtype, batch=batch, last=channels_last: _distances(dtype, batch, last)
+        )
+        for dtype in DTYPES
+        for batch in (16, 32)
+        for channels_last in (False, True)
+    }
+
+
+def _distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:
+    layers = [torch.empty(batch, c, s, s, device="meta") for c, s in LAYERS]
+    if channels_last:
+        layers = [layer.to(memory_format=torch.channels_last) for layer in layers]
+    positions = LAYERS[0][1] ** 2
+    channels = torch.empty(CHANNELS, dtype=torch.int64, device="meta")
+    mean = torch.empty(positions, CHANNELS, device="meta")
+    shape, dtype = (positions, packed_size(CHANNELS)), getattr(torch, dtype)
+    factor = torch.empty(shape, dtype=dtype, device="meta")
+    return mahalanobis.mahalanobis_map(layers, channels, mean, factor)
+
+
+def triton_usage(arch: int) -> Iterator[Usage]:
+    with compiled_for(arch) as found:
+        for variant, launch in triton_launches().items():
+            before = len(found)
+            launch()
+            for kernel in found[before:]:
+                spilled = kernel.count("STL", "LDL")
+                stack = max(kernel.resources["stack"], 4 * spilled)
+                name = f"{kernel.name}, {variant}"
+                yield Usage(name, arch, kernel.resources["registers"], stack, kernel.shared)
+
+
+def cuda_usage(binary: Path | str = _C.__file__, arch: int = 0) -> Iterator[Usage]:
+    """Of all kernels and architectures in a compiled module, or of a file for one `arch`."""
+    text = _output([str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(binary)])
+    text = _output(["c++filt"], text).replace("(anonymous namespace)::", "").replace("spd::", "")
+    kernel = r"Function void (\w+<.*>|\w+)\(.*\):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    for found in re.finditer(rf"arch = sm_(\d+)|{kernel}", text):
+        header, name, *used = found.groups()
+        if header:
+            arch = int(header)
+        else:
+            yield Usage(name, arch, *map(int, used))
+
+
+def _output(command: list[str], given: str | None = None) -> str:
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
