@@ -3,19 +3,26 @@
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from ahead import TOOLS, compiled_for
-from spd_fast.kernels import mahalanobis
 
-from spd_fast import _C
+from spd_fast import _C, recipes, sample_view_params
+from spd_fast.kernels import augment_views, mahalanobis
 from spd_fast.reference import packed_size
 
 # PaDiM on a WideResNet-50 at 256 x 256 pixels.
 LAYERS, CHANNELS = ((256, 64), (512, 32), (1024, 16)), 550
 DTYPES = ("float32", "float16", "bfloat16")
+# How views are stored.
+VIEWS = (
+    *(("float32", "NCHW"), ("float16", "NCHW"), ("float16", "NHWC")),
+    *(("bfloat16", "NCHW"), ("uint8", "NHWC")),
+)
 
 
 class Usage(NamedTuple):
@@ -30,14 +37,27 @@ class Usage(NamedTuple):
 
 def triton_launches() -> dict[str, Callable[[], object]]:
     """By what tells kernels of one name apart; on `meta` tensors."""
-    return {
-        f"{dtype}, {batch} images, {'NHWC' if channels_last else 'NCHW'}": (
-            lambda dtype=dtype, batch=batch, last=channels_last: _distances(dtype, batch, last)
-        )
-        for dtype in DTYPES
-        for batch in (16, 32)
-        for channels_last in (False, True)
+    orders = {"NCHW": False, "NHWC": True}
+    found = {
+        f"{dtype}, {batch} images, {order}": partial(_distances, dtype, batch, channels_last)
+        for dtype, batch in product(DTYPES, (16, 32))
+        for order, channels_last in orders.items()
     }
+    for dtype, order in VIEWS:
+        found[f"views {dtype}, {order}"] = partial(_views, dtype, orders[order])
+    return found
+
+
+def _views(dtype: str, channels_last: bool) -> None:
+    """Four views of 256 photographs."""
+    n, height, width = 256, 375, 500
+    params = sample_view_params(recipes.simsiam(), [(height, width)] * n, range(n), 0, 0)
+    images = torch.zeros(n, 3, dtype=torch.int64)
+    pixels = torch.empty(n * height * width * 3, dtype=torch.uint8, device="meta")
+    shape = (4, n, 224, 224, 3) if channels_last else (4, n, 3, 224, 224)
+    out = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+    out = out.permute(0, 1, 4, 2, 3) if channels_last else out
+    augment_views.augment_views(pixels, images, params, out, (4.0,) * 3, (-2.0,) * 3)
 
 
 def _distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:
@@ -52,7 +72,8 @@ def _distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:
     return mahalanobis.mahalanobis_map(layers, channels, mean, factor)
 
 
-def triton_usage(arch: int) -> Iterator[Usage]:
+def triton_usage(arch: int) -> list[Usage]:
+    used = []
     with compiled_for(arch) as found:
         for variant, launch in triton_launches().items():
             before = len(found)
@@ -61,7 +82,8 @@ def triton_usage(arch: int) -> Iterator[Usage]:
                 spilled = kernel.count("STL", "LDL")
                 stack = max(kernel.resources["stack"], 4 * spilled)
                 name = f"{kernel.name}, {variant}"
-                yield Usage(name, arch, kernel.resources["registers"], stack, kernel.shared)
+                used.append(Usage(name, arch, kernel.resources["registers"], stack, kernel.shared))
+    return used
 
 
 def cuda_usage(binary: Path | str = _C.__file__, arch: int = 0) -> Iterator[Usage]:

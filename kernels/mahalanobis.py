@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spd_fast.kernels.target import has_tensor_cores
+
 SCRATCH = 16 << 20  # bytes of centred features: they are read back while still in the L2 cache
 MOST_POSITIONS = 1 << 15  # at a time: an axis of a launch has at most 65,535 blocks
 CHANNELS_TILE = 64
@@ -135,16 +137,9 @@ def tiles_of(dtype: torch.dtype, batch: int) -> dict:
     images = 16 if batch <= 16 else 32
     columns = 32 if dtype == torch.float32 and images == 16 else 16
     if dtype == torch.float16:
-        columns = 64 if _has_tensor_cores() else 32
+        columns = 64 if has_tensor_cores() else 32
     tiles = {"images_tile": images, "rows_tile": 64, "columns_tile": columns}
     return tiles | {"split": dtype == torch.float16, "num_warps": 4, "num_stages": 3}
-
-
-def _has_tensor_cores() -> bool:
-    """Triton uses none on Turing, and then large tiles do not fit into the registers."""
-    if triton.knobs.runtime.interpret:
-        return True
-    return triton.runtime.driver.active.get_current_target().arch >= 80
 
 
 def mahalanobis_map(

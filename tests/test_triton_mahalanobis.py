@@ -133,8 +133,9 @@ def test_one_layer_and_five():
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_access_out_of_bounds_and_no_race(dtype, monkeypatch):
-    from spd_fast.kernels import mahalanobis as kernels
     from triton_checker import checked
+
+    from spd_fast.kernels import mahalanobis as kernels
 
     monkeypatch.setattr(kernels, "SCRATCH", 1)
     for name in ("odd grids", "one channel", "many images"):
@@ -149,8 +150,9 @@ def test_no_access_out_of_bounds_and_no_race(dtype, monkeypatch):
 @pytest.mark.interpreted
 def test_channels_out_of_range_touch_nothing():
     """On a GPU they are not looked at beforehand."""
-    from spd_fast.kernels.mahalanobis import mahalanobis_map as launch
     from triton_checker import checked
+
+    from spd_fast.kernels.mahalanobis import mahalanobis_map as launch
 
     features, channels = gaussian_case("three layers")
     mean, factor = random_gaussians(64, 20)

@@ -13,10 +13,12 @@ from spd_fast.ops.backends import (
     OPERATIONS,
     native,
     native_backend,
+    not_for_triton,
     not_on_cpu,
     reference_backend,
     select,
     thread_count,
+    triton_backend,
 )
 from spd_fast.ops.memory import on_huge_pages
 from spd_fast.views import COLUMNS, INTEGER_COLUMNS, PATCH_KINDS, view_size
@@ -61,7 +63,7 @@ def augment_views(
         out: written to instead of a new tensor; its shape, dtype and strides then decide, `size`,
             `dtype` and `channels_last` do not. It may be a slice `batch[:, i:j]` of a larger one.
         threads: CPU threads; 0 = torch.get_num_threads().
-        backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
+        backend: "reference", "native", "triton" or "auto"; see `spd_fast.ops.backends`.
 
     Returns:
         (V, N, 3, height, width): views first, so that `out[k]` is one contiguous batch.
@@ -95,7 +97,7 @@ def _run(
 ) -> None:
     check(buffers, layout, params, out, mean, std)
     if out.numel():
-        chosen = select("augment_views", backend, buffers, out)
+        chosen = select("augment_views", backend, buffers, layout, params, out)
         chosen.function(buffers, layout, params, out, mean, std, threads)
 
 
@@ -329,11 +331,39 @@ def _run_native(buffers, layout, params, out, mean, std, threads) -> None:
     )
 
 
-def _native_reasons(buffers, out) -> list[str]:
+def _triton_reasons(buffers, layout, params, out) -> list[str]:
+    from spd_fast.kernels.augment_views import MOST_ALPHA_TAPS, alpha_taps
+
+    reasons = not_for_triton([*buffers, out])
+    sources = params[..., _SOURCE]
+    if (sources != sources[:1]).any():
+        reasons.append("one view has different sources in different images")
+    if 3 * int(layout[:, 2:].prod(1).max()) > torch.iinfo(torch.int32).max:
+        reasons.append("an image has more than 2^31 bytes")
+    if alpha_taps(params) > MOST_ALPHA_TAPS:
+        reasons.append(f"an alpha kernel has more than {MOST_ALPHA_TAPS} taps")
+    return reasons
+
+
+def _run_triton(buffers, layout, params, out, mean, std, threads) -> None:
+    from spd_fast.kernels.augment_views import augment_views
+
+    starts = torch.tensor([buffer.data_ptr() for buffer in buffers])
+    images = layout[:, 1:].clone()  # offset, height, width
+    images[:, 0] += (starts - starts[0])[layout[:, 0]]
+    if out.dtype == torch.uint8:
+        scales, shifts = [255.0] * 3, [0.0] * 3
+    else:
+        scales, shifts = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
+    augment_views(buffers[0].view(-1), images, params, out, scales, shifts)
+
+
+def _native_reasons(buffers, layout, params, out) -> list[str]:
     return not_on_cpu([*buffers, out])
 
 
 OPERATIONS["augment_views"] = (
     native_backend(_run_native, _native_reasons),
+    triton_backend(_run_triton, _triton_reasons),
     reference_backend(_run_reference),
 )

@@ -65,7 +65,7 @@ def select(operation: str, asked: str | None, *arguments) -> Backend:
     refusals = []
     for backend in backends:
         if name in ("auto", backend.name):
-            reasons = [*backend.missing(), *backend.reasons(*arguments)]
+            reasons = backend.missing() or backend.reasons(*arguments)
             if not reasons:
                 return backend
             refusals.append(f"{backend.name}: {'; '.join(reasons)}")
