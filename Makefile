@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 # Set by CI: warnings of the compiler are errors.
 INSTALL_FLAGS ?=
 
@@ -20,13 +20,13 @@ lint:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/cuda/*
 
 format:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) tests/cuda/*
 
 # The extras `demo` and `test` are installed apart: the tests need much more.
 $(BIN)/.installed-%: pyproject.toml CMakeLists.txt $(SOURCES)

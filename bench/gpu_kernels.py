@@ -1,15 +1,19 @@
-"""The GPU kernels at the sizes that budgets and models are for, compiled without a GPU."""
+"""What the GPU kernels need, compiled without a GPU: registers, stack and shared memory.
+
+python bench/gpu_kernels.py prints the table; tests/test_gpu_budget.py holds it against
+gpu_budget.yaml. Needs Triton and a module that was built with CUDA.
+"""
 
 import re
 import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from ahead import TOOLS, compiled_for
+from ahead import ARCHITECTURES, TOOLS, compiled_for
 
 from spd_fast import _C, recipes, sample_view_params
 from spd_fast.kernels import augment_views, mahalanobis
@@ -101,3 +105,24 @@ def cuda_usage(binary: Path | str = _C.__file__, arch: int = 0) -> Iterator[Usag
 
 def _output(command: list[str], given: str | None = None) -> str:
     return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    used: dict[str, dict[int, set[Usage]]] = {}
+    for usage in (*cuda_usage(), *chain.from_iterable(map(triton_usage, ARCHITECTURES))):
+        used.setdefault(usage.kernel, {}).setdefault(usage.arch, set()).add(usage)
+    width = max(map(len, used))
+    print("registers of a thread / bytes of shared memory of a block + bytes of stack, if any")
+    print(f"{'':{width}}", *(f"{f'sm_{arch}':>10}" for arch in ARCHITECTURES))
+    for kernel, by_arch in used.items():
+        cells = []
+        for arch in ARCHITECTURES:
+            its = by_arch.get(arch, set())
+            text = f"{max(u.registers for u in its)}/{max(u.shared for u in its)}" if its else "-"
+            stack = max((u.stack for u in its), default=0)
+            cells.append(f"{text + (f'+{stack}' if stack else ''):>10}")
+        print(f"{kernel:{width}}", *cells)
+
+
+if __name__ == "__main__":
+    main()

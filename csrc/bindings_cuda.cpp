@@ -59,8 +59,6 @@ std::string cuda_config() {
     return *state.error ? text + " (" + state.error + ")" : text;
 }
 
-void bind_cuda(py::module_& m) {
-    m.def("cuda_mahalanobis_map", &cuda_mahalanobis_map);
-}
+void bind_cuda(py::module_& m) { m.def("cuda_mahalanobis_map", &cuda_mahalanobis_map); }
 
 }  // namespace spd

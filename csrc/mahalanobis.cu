@@ -66,8 +66,8 @@ __device__ inline float reduce_scatter(float (&values)[N], int lane) {
 // has 4 V sums per lane, and every column that it reads of x serves all of them.
 template <class T, int B>
 __global__ void __launch_bounds__(threads, 5) mahalanobis_kernel(const GpuMahalanobisArgs args) {
-    constexpr int V = sizeof(uint4) / sizeof(T);     // rows of a 16-byte load
-    constexpr int lanes_per_column = 8 / V;          // panels have 8 rows
+    constexpr int V = sizeof(uint4) / sizeof(T);           // rows of a 16-byte load
+    constexpr int lanes_per_column = 8 / V;                // panels have 8 rows
     constexpr int columns = warp_size / lanes_per_column;  // that a warp loads at once
     constexpr int G = 4 / B, N = G * B * V;
     SPD_DYNAMIC_SHARED(float, x);  // (8 panels, B): x - mean, zero past channel d
@@ -153,7 +153,9 @@ void launch(const GpuMahalanobisArgs& args) {
 
 template <class T>
 void launch(const GpuMahalanobisArgs& args) {
-    args.batch == 1 ? launch<T, 1>(args) : args.batch == 2 ? launch<T, 2>(args) : launch<T, 4>(args);
+    if (args.batch == 1) return launch<T, 1>(args);
+    if (args.batch == 2) return launch<T, 2>(args);
+    launch<T, 4>(args);
 }
 
 }  // namespace

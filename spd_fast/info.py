@@ -49,6 +49,7 @@ def describe() -> str:
             state = "; ".join(backend.missing()) or "available"
             name = operation if i == 0 else ""
             lines.append(f"  {name:<22}{backend.name:<11}{backend.device:<6}{state}")
+    lines += ["triton and cuda have not been run or measured on a GPU yet: docs/gpu.md"]
     return "\n".join(lines)
 
 

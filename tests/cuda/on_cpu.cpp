@@ -1,4 +1,5 @@
-// The CUDA kernels as a Python module whose functions run on the CPU, through the product's bindings.
+// The CUDA kernels as a Python module whose functions run on the CPU, through the product's
+// bindings.
 
 #include "../../csrc/bindings_cuda.cpp"
 

@@ -88,7 +88,7 @@ struct Fiber {
 
 struct Block {
     std::vector<Fiber> fibers;
-    std::vector<unsigned> order;     // in which they run
+    std::vector<unsigned> order;  // in which they run
     std::vector<char> stacks;
     std::vector<uint64_t> exchanged;  // what the lanes brought to their warp's last exchange
     std::vector<char> dynamic_shared;
@@ -122,8 +122,7 @@ inline void wait_as(State state) {
 }
 
 inline void begin_fiber() {
-    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack,
-                                    &block->scheduler_stack_size);
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack, &block->scheduler_stack_size);
     try {
         block->kernel();
     } catch (...) {
