@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 # Set by CI: warnings of the compiler are errors.
 INSTALL_FLAGS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu lint format clean
 
 demo: $(BIN)/.installed-demo
 	$(BIN)/spd-fast demo --out demo
@@ -15,6 +15,13 @@ test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -q
 	@echo "The Triton kernels, in their interpreter."
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
+
+# On a machine with an NVIDIA GPU: what the tests could not show without one.
+gpu: $(BIN)/.installed-test
+	SPD_FAST_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m "cuda or triton"
+	if command -v compute-sanitizer; then \
+	  SPD_FAST_REQUIRE_CUDA=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q -m cuda \
+	    -k "test_distances or test_views"; fi
 
 lint:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*

@@ -2,6 +2,8 @@
 // tests/cuda/on_cpu.h.
 #pragma once
 
+#include <cstddef>
+
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
@@ -22,5 +24,6 @@ const char* cuda_launch_error();  // of what was launched since the last call, o
 
 constexpr unsigned all_lanes = 0xffffffff;
 constexpr int warp_size = 32;
+constexpr size_t most_shared = 48 << 10;  // bytes a block may have without asking for more
 
 }  // namespace spd

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int warps = 4, threads = warps * warp_size;
 
-// 16 bytes of a panel as floats: V rows of one column.
 struct Half {
     uint16_t bits;
 };
@@ -23,6 +22,7 @@ SPD_HD inline float widened(Half h) { return from_half(h.bits); }
 SPD_HD inline float widened(Bfloat b) { return float_of(uint32_t(b.bits) << 16); }
 SPD_HD inline float widened(float f) { return f; }
 
+// 16 bytes of a panel as floats: V rows of one column.
 template <class T, int V>
 __device__ inline void widen(const uint4& words, float (&rows)[V]) {
     static_assert(V * sizeof(T) == sizeof(uint4));
@@ -73,6 +73,10 @@ __global__ void __launch_bounds__(threads, 5) mahalanobis_kernel(const GpuMahala
     SPD_DYNAMIC_SHARED(float, x);  // (8 panels, B): x - mean, zero past channel d
     __shared__ float part[warps][B];
     __shared__ int64_t place[most_layers];
+    static_assert(
+        8 * panels(most_channels) * most_images * sizeof(float) + sizeof part + sizeof place <=
+            most_shared,
+        "more than a launch may ask for");
 
     const int position = blockIdx.x, lane = threadIdx.x % warp_size;
     const int warp = threadIdx.x / warp_size, n_panels = panels(args.d);

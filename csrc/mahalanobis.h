@@ -10,7 +10,7 @@ namespace spd {
 // A lower triangle of order d is stored in panels of 8 rows: element (i, k) at
 // 32 r (r + 1) + 8 k + i % 8 with r = i / 8. One column of a panel is 8 contiguous rows: a vector,
 // or 16 bytes in half precision. Scatter, Cholesky factor and whitening factor share these bytes.
-SPD_HD static inline int panels(int d) { return (d + 7) / 8; }
+SPD_HD static inline constexpr int panels(int d) { return (d + 7) / 8; }
 SPD_HD static inline size_t panel_start(size_t r) { return 32 * r * (r + 1); }
 SPD_HD static inline size_t packed_size(int d) { return panel_start(panels(d)); }
 SPD_HD static inline size_t packed_place(int i, int k) {
@@ -56,7 +56,7 @@ struct MahalanobisArgs {
 
 // On a GPU. All pointers are the device's; kept channels are looked for in the layers there.
 constexpr int most_layers = 4, most_images = 4;
-constexpr int most_channels = 3072;  // whose values fit into 48 KB, for 4 images
+constexpr int most_channels = 3000;  // whose values fit into 47 KB, for 4 images
 struct GpuMahalanobisArgs {
     Layer layer[most_layers];  // without row and column
     int layers;

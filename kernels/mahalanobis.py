@@ -44,9 +44,10 @@ def center(
     of channels, height, width, and strides of image, channel, row and column.
     split: what `high` rounds away goes to `low`.
     """
-    position = first + tl.program_id(0) * positions_tile + tl.arange(0, positions_tile)
+    tiles = tl.cdiv(last - first, positions_tile)
+    position = tl.program_id(0) % tiles * positions_tile + tl.arange(0, positions_tile) + first
+    image = (tl.program_id(0) // tiles).to(tl.int64)
     k = tl.program_id(1) * channels_tile + tl.arange(0, channels_tile)
-    image = tl.program_id(2).to(tl.int64)
     channel = tl.load(channels + k, mask=k < d, other=-1)
     row = position // grid_width
     column = position % grid_width
@@ -104,6 +105,7 @@ def distances(
     factor: panels of 8 rows, (i, k) at 32 r (r + 1) + 8 k + i % 8 with r = i // 8, of the block's
     first position; out: (image, position), likewise.
     """
+    tl.static_assert(padded % rows_tile == 0)  # x is read without a mask
     position = tl.program_id(1).to(tl.int64)
     image = tl.program_id(0) * images_tile + tl.arange(0, images_tile)
     present = (image < batch)[:, None]
@@ -138,7 +140,7 @@ def tiles_of(dtype: torch.dtype, batch: int) -> dict:
     columns = 32 if dtype == torch.float32 and images == 16 else 16
     if dtype == torch.float16:
         columns = 64 if has_tensor_cores() else 32
-    tiles = {"images_tile": images, "rows_tile": 64, "columns_tile": columns}
+    tiles = {"images_tile": images, "rows_tile": CHANNELS_TILE, "columns_tile": columns}
     return tiles | {"split": dtype == torch.float16, "num_warps": 4, "num_stages": 3}
 
 
@@ -175,7 +177,7 @@ def _launch(features: list[Tensor], channels: Tensor, mean: Tensor, factor: Tens
     shapes = tuple((start, *f.shape[1:], *f.stride()) for start, f in zip(starts, features))
     for first in range(0, positions, step):
         last = min(first + step, positions)
-        center[triton.cdiv(last - first, POSITIONS_TILE), padded // CHANNELS_TILE, batch](
+        center[triton.cdiv(last - first, POSITIONS_TILE) * batch, padded // CHANNELS_TILE](
             *(tuple(features), shapes, channels, mean, high, low),
             *(first, last, height, width, batch, d, padded),
             positions_tile=POSITIONS_TILE,

@@ -39,13 +39,13 @@ def jitter_ops(order):
     left = 0b11100100  # those not taken yet, in ascending order
     ops = order // 6
     left = without(left, ops)
-    ops |= at(left, second) << 2
+    ops |= pair(left, second) << 2
     left = without(left, second)
-    return ops | (at(left, third) << 4) | (without(left, third) << 6)
+    return ops | (pair(left, third) << 4) | (without(left, third) << 6)
 
 
 @triton.jit
-def at(pairs, place):
+def pair(pairs, place):
     return (pairs >> (2 * place)) & 3
 
 
@@ -57,8 +57,8 @@ def without(pairs, place):
 
 @triton.jit
 def place_of_contrast(ops):
-    found = tl.where(at(ops, 1) == 1, 1, 0) + tl.where(at(ops, 2) == 1, 2, 0)
-    return found + tl.where(at(ops, 3) == 1, 3, 0)
+    found = tl.where(pair(ops, 1) == 1, 1, 0) + tl.where(pair(ops, 2) == 1, 2, 0)
+    return found + tl.where(pair(ops, 3) == 1, 3, 0)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def jitter(r, g, b, amounts, ops, first, last, mean):
     hue = tl.load(amounts + 4)
     sixths = 6 * (hue - tl.floor(hue))
     for step in range(first, last):
-        op = at(ops, step)
+        op = pair(ops, step)
         if op == 3:
             if sixths != 0:
                 r, g, b = adjust_hue(r, g, b, sixths)

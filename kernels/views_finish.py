@@ -51,14 +51,14 @@ def from_contrast(
 
 @triton.jit
 def finish(
-    scratch, sums, table, out, strides, scales, shifts, patches, room, halves, halves_strides,
-    n_halves: tl.constexpr, views: tl.constexpr, n_views: tl.constexpr, tiles: tl.constexpr,
+    scratch, sums, table, out, strides, scales, shifts, patches, room, fine, fine_strides,
+    n_fine: tl.constexpr, views: tl.constexpr, n_views: tl.constexpr, tiles: tl.constexpr,
     sums_tile: tl.constexpr, taps_tile: tl.constexpr, most_radius: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr, packed: tl.constexpr,
 ):  # fmt: skip
     """Contrast and what follows it, blur, and the view as it will be. A patch's source box, which
-    `paste` may overwrite, also goes to `patches`, (job, 3, room), and the first `n_halves` views to
-    `halves`, for those that are made from them."""
+    `paste` may overwrite, also goes to `patches`, (job, 3, room), and the first `n_fine` views to
+    `fine`, for those that are made from them."""
     plane: tl.constexpr = height * width
     job = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
@@ -127,9 +127,9 @@ def finish(
     tl.store(to, stored(r, scales[0], shifts[0], out), mask)
     tl.store(to + strides[2], stored(g, scales[1], shifts[1], out), mask)
     tl.store(to + 2 * strides[2], stored(b, scales[2], shifts[2], out), mask)
-    if n_halves > 0:
-        if view < n_halves:
-            half = halves + view * halves_strides[0] + image * halves_strides[1] + place
+    if n_fine > 0:
+        if view < n_fine:
+            half = fine + view * fine_strides[0] + image * fine_strides[1] + place
             tl.store(half, r.to(tl.float16), mask)
             tl.store(half + plane, g.to(tl.float16), mask)
             tl.store(half + 2 * plane, b.to(tl.float16), mask)

@@ -23,27 +23,35 @@ from spd_fast.kernels.views_table import (
 
 SMOOTH_BLEND = tl.constexpr(1)
 TILE = tl.constexpr(32)  # columns
+TAPS = tl.constexpr(64)  # of the alpha kernel, taken at once
 BLOCK = tl.constexpr(512)  # pixels of a patch whose gray is summed at once
 
 
 @triton.jit
-def alpha_along(i, start, length, sigma, n: tl.constexpr, taps_tile: tl.constexpr):
+def alpha_along(i, start, length, sigma, n: tl.constexpr):
     """The blurred interval [start, start + length) of an axis of n pixels, at places i."""
     radius = tl.ceil(4 * sigma).to(tl.int32)
-    t = tl.arange(0, taps_tile) - radius
-    weights = tl.where(t <= radius, gaussian(t, tl.maximum(sigma, 1e-6)), 0.0)
-    weights = weights / tl.sum(weights, 0)
-    place = reflect(i[:, None] + t[None, :], n) - start
-    return tl.sum(tl.where((place >= 0) & (place < length), weights[None, :], 0.0), 1)
+    sigma = tl.maximum(sigma, 1e-6)
+    inside = tl.zeros_like(i).to(tl.float32)
+    total = 0.0
+    for first in range(-radius, radius + 1, TAPS):
+        t = first + tl.arange(0, TAPS)
+        weights = tl.where(t <= radius, gaussian(t, sigma), 0.0)
+        place = reflect(i[:, None] + t[None, :], n) - start
+        covered = (place >= 0) & (place < length)
+        inside += tl.sum(tl.where(covered, weights[None, :], 0.0), 1)
+        total += tl.sum(weights, 0)
+    return inside / total
 
 
 @triton.jit
 def paste(
     patches, room, table, out, strides, scales, shifts,
-    views: tl.constexpr, n_views: tl.constexpr, taps_tile: tl.constexpr,
+    views: tl.constexpr, n_views: tl.constexpr, n_written: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr,
 ):  # fmt: skip
-    """Blend the jittered patch in, where alpha is not zero: out = (1 - alpha) out + alpha patch."""
+    """Blend the jittered patch in, where alpha is not zero: out = (1 - alpha) out + alpha patch.
+    Of `out` there are the first `n_written` views."""
     down: tl.constexpr = (height + TILE_Y - 1) // TILE_Y
     across: tl.constexpr = (width + TILE - 1) // TILE
     job = (tl.program_id(0) // (down * across)).to(tl.int64)
@@ -61,7 +69,7 @@ def paste(
     first_y, first_x = (tile // across) * TILE_Y, (tile % across) * TILE
     met = (first_y < top + patch_height + reach_y) & (first_y + TILE_Y > top - reach_y)
     met &= (first_x < left + patch_width + reach_x) & (first_x + TILE > left - reach_x)
-    if met & (kind != 0):
+    if met & (kind != 0) & (view < n_written):
         ops = jitter_ops(tl.load(row + PATCH_JITTER).to(tl.int32))
         patch = patches + job * (3 * room)
         area = tl.minimum(patch_height * patch_width, room)
@@ -81,8 +89,8 @@ def paste(
         inside &= ((x_in >= 0) & (x_in < patch_width))[None, :]
         alpha = inside.to(tl.float32)
         if kind == SMOOTH_BLEND:
-            a = alpha_along(y, top, patch_height, sigma_y, height, taps_tile)
-            b = alpha_along(x, left, patch_width, sigma_x, width, taps_tile)
+            a = alpha_along(y, top, patch_height, sigma_y, height)
+            b = alpha_along(x, left, patch_width, sigma_x, width)
             alpha = a[:, None] * b[None, :]
         place = y_in[:, None] * patch_width + x_in[None, :]
         inside &= place < room

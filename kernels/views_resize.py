@@ -111,7 +111,7 @@ def resize(
 
 @triton.jit
 def resize_view(
-    source, strides, table, scratch, sums, scales, shifts,
+    source, strides, scales, shifts, table, scratch, sums,
     views: tl.constexpr, n_views: tl.constexpr, tiles: tl.constexpr,
     height: tl.constexpr, width: tl.constexpr, packed: tl.constexpr,
 ):  # fmt: skip

@@ -2,13 +2,13 @@
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spd_fast.errors import InputError
 from spd_fast.models import FeatureLayers
-from spd_fast.ops.backends import full_float32
 from spd_fast.reference import smooth_upsample_matrix
 
 
@@ -74,17 +74,26 @@ def check_image_size(images: Tensor, fitted: tuple[int, int], detector: str) -> 
 
 
 @lru_cache(maxsize=32)
-def _smoothing(n_in: int, n_out: int, device: torch.device, **smoothing) -> Tensor:
-    """On its device once, since copying it there would hold up a GPU."""
-    with torch.inference_mode(False):  # the tensor would remember the mode it was first asked in
-        return smooth_upsample_matrix(n_in, n_out, **smoothing).float().to(device)
+def _smoothing(n_in: int, n_out: int, **smoothing) -> np.ndarray:
+    """As an array, since a tensor would remember the mode it was first asked for in."""
+    return smooth_upsample_matrix(n_in, n_out, **smoothing).numpy()
+
+
+@lru_cache(maxsize=32)
+def _smoothing_on(device: torch.device, n_in: int, n_out: int, **smoothing) -> Tensor:
+    """On a GPU, once: copying it there would hold up the stream."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(_smoothing(n_in, n_out, **smoothing)).to(device)
 
 
 def smooth_upsample(distances: Tensor, size: tuple[int, int], **smoothing) -> Tensor:
     """(B, h, w) distances -> (B, *size) maps, as `reference.smooth_upsample_matrix` says."""
+    axes = list(zip(distances.shape[1:], size))
+    # On a GPU float32 may mean TF32, which has 11 bits. Tensors of tracers are no plain ones.
+    if distances.is_cuda and type(distances) is Tensor:
+        along_y, along_x = (_smoothing_on(distances.device, *axis, **smoothing) for axis in axes)
+        return (along_y @ distances.double() @ along_x.mT).float()
     along_y, along_x = (
-        _smoothing(n_in, n_out, distances.device, **smoothing)
-        for n_in, n_out in zip(distances.shape[1:], size)
+        torch.from_numpy(_smoothing(*axis, **smoothing)).to(distances) for axis in axes
     )
-    with full_float32():
-        return along_y @ distances @ along_x.mT
+    return along_y @ distances @ along_x.mT

@@ -23,7 +23,7 @@ from gpu_kernels import Usage  # noqa: E402
 ROOT = Path(__file__).parents[1]
 BUDGET = yaml.safe_load((ROOT / "bench/gpu_budget.yaml").read_text())
 KERNELS = {"center", "distances", "resize", "resize_view", "finish", "paste"}
-HAS_CUDA = native is not None and native.build_config()["cuda"] != "not built"
+HAS_CUDA = hasattr(native, "cuda_mahalanobis_map")
 
 
 def over_budget(usage: Usage) -> list[str]:

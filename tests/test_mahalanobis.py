@@ -9,7 +9,6 @@ from scipy.spatial.distance import mahalanobis
 from torch.library import opcheck
 
 from spd_fast import InputError, mahalanobis_map, reference
-from spd_fast.ops.backends import full_float32
 from spd_fast.ops.factor import converted
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
 from spd_fast.reference import dequantize, pack, packed_index, packed_size, quantize, unpack
@@ -240,17 +239,6 @@ def test_memory_order_of_features_does_not_matter():
         assert torch.equal(
             mahalanobis_map(features, channels, mean, factor, threads=threads), expected
         )
-
-
-def test_tf32_is_off_while_it_counts():
-    torch.set_float32_matmul_precision("high")
-    try:
-        with pytest.raises(KeyError), full_float32():
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-            raise KeyError
-        assert torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 # ------------------------------------------------------------------------------- schema and errors

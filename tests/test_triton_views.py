@@ -3,14 +3,16 @@
 import pytest
 import torch
 from cases import VIEW_CASES, every_operation_on, noise_images, view_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spd_fast import InputError, augment_views, recipes, reference, sample_view_params
 from spd_fast.ops.augment_views import IMAGENET_MEAN, IMAGENET_STD
-from spd_fast.ops.backends import interpreted, select
+from spd_fast.ops.backends import OPERATIONS, interpreted, select
 from spd_fast.views import COLUMN
 
 pytestmark = pytest.mark.triton
 DEVICE = "cpu" if interpreted() else "cuda"
+PATCH = slice(COLUMN["patch_kind"], len(COLUMN))
 IDENTITY = dict(mean=(0, 0, 0), std=(1, 1, 1))
 # Errors that are allowed, of values in [0, 1]: what is kept between launches is rounded, and the
 # blur multiplies half-precision numbers.
@@ -138,48 +140,106 @@ def test_repeated_runs_are_equal():
     assert torch.equal(triton_views(images, params, size), triton_views(images, params, size))
 
 
+class Operations(TorchDispatchMode):
+    """Notes torch's operations among what else is noted."""
+
+    def __init__(self, noted: list):
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.noted.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("spd, launches", [(True, 5), (False, 2)])
-def test_number_of_launches(spd, launches, monkeypatch):
-    from triton.runtime.interpreter import InterpretedFunction
+def test_number_of_launches_with_nothing_between(spd, launches, dtype, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
-    kind = InterpretedFunction if interpreted() else JITFunction
-    counted, run = [], kind.run
-    monkeypatch.setattr(
-        kind, "run", lambda self, *a, **k: (counted.append(self), run(self, *a, **k))[1]
-    )
+    noted = []
+
+    def noting(run):
+        return lambda *arguments, **options: (noted.append("launch"), run(*arguments, **options))[1]
+
+    if interpreted():  # it reads tensors by operations of torch, which do not count
+        monkeypatch.setattr(GridExecutor, "__call__", lambda *a, **k: noted.append("launch"))
+    else:
+        monkeypatch.setattr(JITFunction, "run", noting(JITFunction.run))
+    torch.use_deterministic_algorithms(False)  # it fills new memory
     for n in (1, 3):
-        counted.clear()
         sizes = [(20, 30)] * n
+        images = [image.to(DEVICE) for image in noise_images(sizes)]
         params = sample_view_params(recipes.simsiam(spd=spd), sizes, range(n), 0, 0, size=16)
-        triton_views(noise_images(sizes), params, 16)
-        assert len(counted) == launches
+        noted.clear()
+        with Operations(noted):
+            augment_views(images, params, 16, dtype=dtype, backend="triton")
+        assert noted.count("launch") == launches
+        first, last = noted.index("launch"), len(noted) - noted[::-1].index("launch")
+        between = set(noted[first:last]) - {"launch"}
+        assert between <= {"aten.new_empty.default", "aten.empty.memory_format"}
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", [(16, 24), (21, 70)])
-def test_no_access_out_of_bounds_and_no_race(size, dtype):
+@pytest.mark.parametrize(
+    "dtype, channels_last",
+    [(torch.float32, False), (torch.float16, True), (torch.uint8, True)],
+)
+def test_no_access_out_of_bounds_and_no_race(dtype, channels_last):
     from triton_checker import checked
 
-    sizes = [(9, 7), (60, 45), (20, 300)]
+    sizes, size = [(9, 7), (60, 45), (20, 90)], (21, 70)
     images = noise_images(sizes)
     for seed, recipe in enumerate((recipes.simsiam(), recipes.simclr(local_aug="cutpaste"))):
         params = sample_view_params(recipe, sizes, range(3), 0, seed, size=size)
-        flat = torch.cat([image.flatten() for image in images])
-        ends = torch.tensor([image.numel() for image in images]).cumsum(0)
-        table = torch.tensor([[int(e) - h * w * 3, h, w] for e, (h, w) in zip(ends, sizes)])
-        with checked():
-            found = augment_views((flat, table), params, size, dtype=dtype, backend="triton")
-        assert found.isfinite().all()
+        if seed:  # a view with a patch that others are made from
+            params[:, 0, PATCH] = params[:, 3, PATCH]
+        shape = (4, 4, *size, 3) if channels_last else (4, 4, 3, *size)
+        whole = torch.zeros(shape, dtype=dtype)
+        out = whole.permute(0, 1, 4, 2, 3) if channels_last else whole
+        with checked(*images):
+            augment_views(images, params, out=out[:, :3], backend="triton")
+        assert out[:, :3].float().std() > 0.1 and not out[:, 3].any()
+
+
+def test_wide_alpha_kernels():
+    images, params, size = view_case("cutpaste")
+    size = (24, 20)
+    params = params[:1, :1].clone()
+    values = dict(source=-1, patch_kind=1, patch_top=3, patch_left=2, patch_height=4, patch_width=6,
+                  target_top=8, target_left=9, alpha_sigma_y=20, alpha_sigma_x=90)  # fmt: skip
+    for name, value in values.items():
+        params[..., COLUMN[name]] = value
+    found = triton_views(images[:1], params, size, **IDENTITY)
+    assert (found - exact_views(images[:1], params, size)).abs().max() <= ALLOWED[torch.float32]
+
+
+def test_params_in_any_memory_order():
+    images, params, _ = view_case("no spd")
+    size = (16, 20)
+    expected = triton_views(images, params, size)
+    swapped = params.transpose(0, 1).contiguous().transpose(0, 1)
+    wide = torch.cat([params, params], 1)[:, :2]
+    for others in (swapped, wide):
+        assert not others.is_contiguous()
+        assert torch.equal(triton_views(images, others, size), expected)
+    same = params[:1].expand(2, -1, -1)
+    twice = triton_views([images[0]] * 2, same, size)
+    assert torch.equal(twice[:, 0], twice[:, 1])
 
 
 def test_what_it_cannot_take_is_said():
-    images, params, size = view_case("cutpaste")
-    params[:, 3, COLUMN["patch_kind"]] = 1
-    params[:, 3, COLUMN["alpha_sigma_y"]] = 200
-    with pytest.raises(InputError, match="more than 1024 taps"):
-        triton_views(images, params, size)
+    images, params, _ = view_case("no spd")
+    layout = torch.tensor([[i, 0, *image.shape[:2]] for i, image in enumerate(images)])
+    buffers, room = [image.to("meta") for image in images], torch.empty(1 << 32, device="meta")
+    huge = room.as_strided((2, 2, 3, 4, 4), (16, 32, 1 << 30, 4, 1))
+    backend = next(b for b in OPERATIONS["augment_views"] if b.name == "triton")
+    assert backend.reasons(buffers, layout, params, huge)[1:] == [
+        "a view of out spans more than 2^31 elements"
+    ]
+    layout[1, 2:] = 40000
+    assert "an image has more than 2^31 bytes" in backend.reasons(buffers, layout, params, huge)
 
 
 def test_columns_are_those_of_the_table():

@@ -15,8 +15,9 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 
 @contextmanager
-def checked() -> Iterator[None]:
-    """In this block a launch raises triton's InterpreterError for what it does wrong."""
+def checked(*others: torch.Tensor) -> Iterator[None]:
+    """In this block a launch raises triton's InterpreterError for what it does wrong. It may touch
+    its arguments, and `others`, to which it comes by arithmetic with addresses."""
     watch = _Watch()
     originals = {name: getattr(InterpreterBuilder, name) for name in _KINDS}
     prepare = GridExecutor._init_args_hst
@@ -32,7 +33,7 @@ def checked() -> Iterator[None]:
 
     def start(executor, arguments, keywords):
         found = prepare(executor, arguments, keywords)  # what the interpreter copies to the host
-        watch.launch([*found[0], *found[1].values()])
+        watch.launch([*found[0], *found[1].values(), *others])
         return found
 
     GridExecutor._init_args_hst = start

@@ -183,6 +183,8 @@ def check(
             raise InputError(f"images must be uint8, got {buffer.dtype} (image or buffer {i})")
         if not buffer.is_contiguous():
             raise InputError(f"buffers must be contiguous, number {i} is not")
+    if layout.device.type != "cpu":
+        raise InputError(f"the images' table must be on the CPU, got {layout.device}")
     if layout.dtype != torch.int64 or layout.ndim != 2 or layout.shape[1] != 4:
         raise InputError(f"layout must be (N, 4) int64, got {layout.dtype} {tuple(layout.shape)}")
     if params.requires_grad or out.requires_grad:
@@ -332,16 +334,15 @@ def _run_native(buffers, layout, params, out, mean, std, threads) -> None:
 
 
 def _triton_reasons(buffers, layout, params, out) -> list[str]:
-    from spd_fast.kernels.augment_views import MOST_ALPHA_TAPS, alpha_taps
-
     reasons = not_for_triton([*buffers, out])
     sources = params[..., _SOURCE]
     if (sources != sources[:1]).any():
         reasons.append("one view has different sources in different images")
-    if 3 * int(layout[:, 2:].prod(1).max()) > torch.iinfo(torch.int32).max:
+    most = torch.iinfo(torch.int32).max
+    if 3 * int(layout[:, 2:].prod(1).max()) > most:
         reasons.append("an image has more than 2^31 bytes")
-    if alpha_taps(params) > MOST_ALPHA_TAPS:
-        reasons.append(f"an alpha kernel has more than {MOST_ALPHA_TAPS} taps")
+    if sum((n - 1) * stride for n, stride in zip(out.shape[2:], out.stride()[2:])) > most:
+        reasons.append("a view of out spans more than 2^31 elements")
     return reasons
 
 

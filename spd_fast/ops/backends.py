@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.util import find_spec
+from functools import cache
+from importlib import metadata
 
 import torch
 
@@ -35,6 +36,9 @@ class Backend:
     reasons: Callable[..., list[str]]  # why it cannot take these arguments; empty: it can
     missing: Callable[[], Sequence[str]] = tuple  # why it cannot run here, whatever the arguments
 
+
+OLDEST_TRITON = (3, 4)  # that takes tuples as arguments, and has its settings in triton.knobs
+OLDEST_GPU = (7, 5)  # compute capability: Turing
 
 OPERATIONS: dict[str, tuple[Backend, ...]] = {}
 
@@ -90,9 +94,14 @@ def cuda_backend(function: Callable, reasons: Callable[..., list[str]]) -> Backe
 def _cuda_missing() -> Sequence[str]:
     if native is None:
         return _NATIVE_MISSING
-    if native.build_config()["cuda"] == "not built":
+    if not hasattr(native, "cuda_mahalanobis_map"):
         return ["the compiled module was built without CUDA"]
-    return [] if torch.cuda.is_available() else ["no GPU that torch can use"]
+    return _gpu_missing()
+
+
+def _gpu_missing() -> list[str]:
+    usable = torch.cuda.is_available() and torch.version.hip is None
+    return [] if usable else ["no NVIDIA GPU that torch can use"]
 
 
 def interpreted() -> bool:
@@ -101,10 +110,18 @@ def interpreted() -> bool:
 
 
 def _triton_missing() -> list[str]:
-    if find_spec("triton") is None:
-        return ["triton is not installed"]
-    usable = interpreted() or torch.cuda.is_available()
-    return [] if usable else ["no GPU that torch can use"]
+    version = _triton_version()
+    if version < OLDEST_TRITON:
+        return ["triton {}.{} or newer is not installed".format(*OLDEST_TRITON)]
+    return [] if interpreted() else _gpu_missing()
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    try:
+        return tuple(map(int, metadata.version("triton").split(".")[:2]))
+    except (metadata.PackageNotFoundError, ValueError):
+        return ()
 
 
 def reference_backend(function: Callable) -> Backend:
@@ -123,9 +140,10 @@ def not_on_cpu(tensors: Sequence[torch.Tensor]) -> list[str]:
 def not_on_one_gpu(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The GPU backends' reason against tensors on other devices."""
     devices = sorted({str(t.device) for t in tensors})
-    if len(devices) == 1 and tensors[0].is_cuda:
-        return []
-    return [f"needs tensors on one GPU, got {', '.join(devices)}"]
+    if len(devices) > 1 or not tensors[0].is_cuda:
+        return [f"needs tensors on one GPU, got {', '.join(devices)}"]
+    capability = torch.cuda.get_device_capability(tensors[0].device)
+    return [] if capability >= OLDEST_GPU else ["needs a GPU of compute capability 7.5 or newer"]
 
 
 def not_for_triton(tensors: Sequence[torch.Tensor]) -> list[str]:
@@ -141,20 +159,3 @@ def stream_of(tensor: torch.Tensor) -> int:
 def thread_count(threads: int) -> int:
     """0 means as many threads as torch uses."""
     return threads or torch.get_num_threads()
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """In this block a GPU multiplies float32 matrices as such, whatever the process allows: TF32
-    would round their elements to 11 bits."""
-    flags = torch.backends.cuda.matmul
-    # torch 2.9 renamed the switch, and refuses to read the old one once the new one was set.
-    name, exact = (
-        ("fp32_precision", "ieee") if hasattr(flags, "fp32_precision") else ("allow_tf32", False)
-    )
-    before = getattr(flags, name)
-    setattr(flags, name, exact)
-    try:
-        yield
-    finally:
-        setattr(flags, name, before)

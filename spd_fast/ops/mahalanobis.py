@@ -15,7 +15,6 @@ from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
     cuda_backend,
-    full_float32,
     native,
     native_backend,
     not_for_triton,
@@ -31,7 +30,7 @@ from spd_fast.ops.factor import FACTOR_DTYPES, blocks_of_matrices, factor_width
 from spd_fast.reference import packed_size
 
 # What csrc/mahalanobis.cu takes: registers hold the sums, shared memory the features.
-CUDA_IMAGES, CUDA_LAYERS, CUDA_CHANNELS = 4, 4, 3072
+CUDA_IMAGES, CUDA_LAYERS, CUDA_CHANNELS = 4, 4, 3000
 
 
 def mahalanobis_map(
@@ -318,34 +317,44 @@ def _factor_native(scatter, d, count, ridge, threads) -> None:
         raise InputError("a covariance is not positive definite")
 
 
+def _exactly(tensor: Tensor) -> Tensor:
+    """What matrices are multiplied in: on a GPU float32 may mean TF32, which has 11 bits."""
+    return tensor.double() if tensor.is_cuda else tensor.float()
+
+
 def _blocks(
-    features: Sequence[Tensor], channels: Tensor, mean: Tensor, packed: Tensor
-) -> Iterator[tuple[list[Tensor], Tensor, Tensor, Tensor]]:
-    """The arguments cut into positions that are few enough for their matrices to be made whole."""
-    x = reference.embed(features, channels).flatten(2)[:, :, None]  # one row of the grid
+    features: Sequence[Tensor], channels: Tensor, mean: Tensor
+) -> Iterator[tuple[slice, list[Tensor], Tensor]]:
+    """Positions that are few enough for their matrices to be made whole, their features as one row
+    of a grid, and the channels of these."""
+    x = reference.embed(features, channels).flatten(2)[:, :, None]
     every = torch.arange(len(channels), device=x.device)
     for block in blocks_of_matrices(len(mean), len(channels)):
-        yield [x[..., block]], every, mean[block], packed[block]
+        yield block, [x[..., block]], every
 
 
 def _map_reference(features, channels, mean, factor, threads) -> Tensor:
     batch, _, height, width = features[0].shape
-    with full_float32():
-        parts = [reference.mahalanobis_map(*b) for b in _blocks(features, channels, mean, factor)]
-    return torch.cat(parts, 2).view(batch, height, width)
+    parts = [
+        reference.mahalanobis_map(layers, every, _exactly(mean[block]), factor[block])
+        for block, layers, every in _blocks(features, channels, mean)
+    ]
+    return torch.cat(parts, 2).view(batch, height, width).float()
 
 
 def _update_reference(features, channels, count, mean, scatter, threads) -> None:
-    with full_float32():
-        for layers, every, its_mean, its_scatter in _blocks(features, channels, mean, scatter):
-            reference.gaussian_update(layers, every, count, its_mean, its_scatter)
+    for block, layers, every in _blocks(features, channels, mean):
+        exact_mean, exact_scatter = _exactly(mean[block]), _exactly(scatter[block])
+        reference.gaussian_update(layers, every, count, exact_mean, exact_scatter)
+        mean[block], scatter[block] = exact_mean, exact_scatter
 
 
 def _factor_reference(scatter, d, count, ridge, threads) -> None:
     try:
-        with full_float32():
-            for block in blocks_of_matrices(len(scatter), d):
-                reference.gaussian_factor(scatter[block], d, count, ridge)
+        for block in blocks_of_matrices(len(scatter), d):
+            exact = _exactly(scatter[block])
+            reference.gaussian_factor(exact, d, count, ridge)
+            scatter[block] = exact
     except torch.linalg.LinAlgError as error:
         raise InputError(f"a covariance is not positive definite: {error}") from error
 

@@ -2,10 +2,10 @@
 //
 // One block runs after the other. Its threads are fibers of one host thread that give way only
 // where threads of a GPU wait for each other: at barriers and exchanges within a warp. A barrier
-// that not all threads reach, or an exchange with a wrong mask, throws. Shared memory whose size is
-// given at the launch begins as NaN. SPD_FAST_THREAD_ORDER says which thread runs first: 0 the
-// first, 1 the last, another number a shuffled order: what a missing barrier breaks, one of them
-// shows. Not shown: races between blocks, and what depends on a warp's threads running in step.
+// that not all threads reach, or an exchange with a wrong mask, throws. Shared memory begins as
+// NaN. SPD_FAST_THREAD_ORDER says which thread runs first: 0 the first, 1 the last, another number
+// a shuffled order: what a missing barrier breaks, one of them shows. Not shown: races between
+// blocks, and what depends on a warp's threads running in step.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static __attribute__((section("spd_shared")))
 #define SPD_CUDA_ON_CPU
 
 struct uint3 {
@@ -48,6 +48,7 @@ namespace on_cpu {
 
 constexpr unsigned warp = 32;
 constexpr size_t stack_bytes = 64 << 10;
+constexpr size_t most_shared = 48 << 10;
 
 // The address sanitizer must know which stack is in use.
 #if defined(__SANITIZE_ADDRESS__)
@@ -198,7 +199,15 @@ inline void run(Block& b) {
     }
 }
 
+// Shared memory begins as NaN in every block. What the sanitizer keeps between variables goes too.
+extern "C" char __start_spd_shared[] __attribute__((weak));
+extern "C" char __stop_spd_shared[] __attribute__((weak));
+__attribute__((no_sanitize("address"))) inline void forget_shared() {
+    for (volatile char* byte = __start_spd_shared; byte < __stop_spd_shared; ++byte) *byte = -1;
+}
+
 inline void launch(dim3 grid, dim3 size, size_t shared, std::function<void()> kernel) {
+    if (shared > most_shared) throw std::runtime_error("too much shared memory for a launch");
     Block b;
     const unsigned threads = size.x * size.y * size.z;
     b.fibers.resize(threads);
@@ -223,6 +232,7 @@ inline void launch(dim3 grid, dim3 size, size_t shared, std::function<void()> ke
                 block_index = {x, y, z};
                 b.dynamic_shared.assign(shared, char(0xff));  // a new size: the sanitizer sees it
                 b.dynamic_shared.shrink_to_fit();
+                forget_shared();
                 run(b);
             }
     block = nullptr;
