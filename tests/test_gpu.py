@@ -3,6 +3,8 @@
 None of this has run yet: docs/gpu.md.
 """
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases import GAUSSIAN_CASES, VIEW_CASES, gaussian_case, random_gaussians, view_case
@@ -24,12 +26,14 @@ def tf32():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.fixture
+@contextmanager
 def no_waiting():
     """Whatever would wait for the GPU raises."""
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def gaussians(name: str, dtype=torch.float32, images: int = 4):
@@ -71,7 +75,7 @@ def test_views(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_distances_do_not_wait_and_follow_the_stream(backend, no_waiting):
+def test_distances_do_not_wait_and_follow_the_stream(backend):
     arguments, exact = gaussians("three layers")
     mahalanobis_map(*arguments, backend=backend)
     layers = [torch.zeros_like(f) for f in arguments[0]]
@@ -81,16 +85,16 @@ def test_distances_do_not_wait_and_follow_the_stream(backend, no_waiting):
         torch.cuda._sleep(10_000_000)  # whoever takes another stream reads zeros
         for layer, f in zip(layers, arguments[0]):
             layer.copy_(f)
-        found = mahalanobis_map(layers, *arguments[1:], backend=backend)
-    torch.cuda.set_sync_debug_mode("default")
+        with no_waiting():
+            found = mahalanobis_map(layers, *arguments[1:], backend=backend)
     stream.synchronize()
     torch.testing.assert_close(found.cpu(), exact.float(), rtol=2e-6, atol=1e-6)
 
 
-def test_views_do_not_wait(no_waiting):
+def test_views_do_not_wait():
     images, params, size, exact = views("ragged")
-    found = augment_views(images, params, size, backend="triton", **IDENTITY)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        found = augment_views(images, params, size, backend="triton", **IDENTITY)
     assert (found.cpu() - exact).abs().max() <= 1e-3
 
 
