@@ -17,6 +17,7 @@ from ahead import ARCHITECTURES, TOOLS, compiled_for
 
 from spd_fast import _C, recipes, sample_view_params
 from spd_fast.kernels import augment_views, mahalanobis
+from spd_fast.ops.view_rounds import make_views
 from spd_fast.reference import packed_size
 
 # PaDiM on a WideResNet-50 at 256 x 256 pixels.
@@ -56,12 +57,13 @@ def _views(dtype: str, channels_last: bool) -> None:
     """Four views of 256 photographs."""
     n, height, width = 256, 375, 500
     params = sample_view_params(recipes.simsiam(), [(height, width)] * n, range(n), 0, 0)
-    images = torch.zeros(n, 3, dtype=torch.int64)
+    layout = torch.tensor([[0, 0, height, width]]).repeat(n, 1)
     pixels = torch.empty(n * height * width * 3, dtype=torch.uint8, device="meta")
     shape = (4, n, 224, 224, 3) if channels_last else (4, n, 3, 224, 224)
     out = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     out = out.permute(0, 1, 4, 2, 3) if channels_last else out
-    augment_views.augment_views(pixels, images, params, out, (4.0,) * 3, (-2.0,) * 3)
+    scales = (4.0,) * 3, (-2.0,) * 3
+    make_views(augment_views.make_round, [pixels], layout, params, out, *scales)
 
 
 def _distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:
@@ -94,7 +96,7 @@ def cuda_usage(binary: Path | str = _C.__file__, arch: int = 0) -> Iterator[Usag
     """Of all kernels and architectures in a compiled module, or of a file for one `arch`."""
     text = _output([str(TOOLS / "cuobjdump"), "--dump-resource-usage", str(binary)])
     text = _output(["c++filt"], text).replace("(anonymous namespace)::", "").replace("spd::", "")
-    kernel = r"Function void (\w+<.*>|\w+)\(.*\):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    kernel = r"Function (?:void )?(\w+<.*>|\w+)\(.*\):\n *REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     for found in re.finditer(rf"arch = sm_(\d+)|{kernel}", text):
         header, name, *used = found.groups()
         if header:

@@ -50,18 +50,49 @@ struct AugmentArgs {
     bool augment_image(const AugmentArgs& args, int64_t image); \
     }
 
+// On a GPU, one round: views whose sources exist. Pointers are the device's.
+constexpr int view_tile_y = 16, view_tile_x = 64;  // pixels that a block makes
+constexpr int most_views = 16;
+constexpr int most_gpu_radius = 21;  // of the blur, whose tile and surroundings fit into 48 KB
+struct GpuViews {
+    void* data;  // (views, images, 3, height, width)
+    DType dtype;
+    int64_t stride[5];  // in elements
+    float scale[3], shift[3];
+    int count;  // the first views, that there are
+};
+struct GpuRoundArgs {
+    int view[most_views], views_made;
+    const uint8_t* pixels;
+    const int64_t* images;     // (images, 3): where an image begins in pixels, height, width
+    const ViewParams* params;  // (images, views)
+    int n_images, views, height, width, tiles;
+    bool from_images;
+    GpuViews source;  // unless from_images
+    GpuViews target;
+    GpuViews fine;  // the first views once more, as float16
+    void* scratch;  // see spd_fast/ops/view_rounds.py
+    bool packed;
+    float* sums;   // (jobs, tiles)
+    float* boxes;  // (jobs, 3, room)
+    int room;
+    bool paste_fine;
+    void* stream;
+};
+void augment_round_cuda(const GpuRoundArgs& args);
+
 // -------------------------------------------------------------------------------- along one axis
 
 // Antialiased bilinear resize: a triangle as wide as the scale, `support` = max(1, in / out) to
 // either side of `centre` = (i + 0.5) * in / out.
 SPD_HD static inline int most_taps(int in, int out) {
-    const double support = max2(1.0, double(in) / out);
-    return in == out ? 1 : min2(in, int(ceil(2 * support)));
+    return in == out ? 1 : min2(in, max2(2, (2 * in + out - 1) / out));  // 2 * support, rounded up
 }
 
 // Clamped, so that no tap reads outside the source.
-SPD_HD static inline int first_tap(double centre, double support, int in, int taps) {
-    return min2(max2(int(centre - support + 0.5), 0), in - taps);
+template <class Real>
+SPD_HD static inline int first_tap(Real centre, Real support, int in, int taps) {
+    return min2(max2(int(centre - support + Real(0.5)), 0), in - taps);
 }
 
 // Not yet normalised; slope = 1 / support.

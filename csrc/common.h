@@ -43,7 +43,12 @@ SPD_HD static inline float float_of(uint32_t u) {
 }
 
 // Round to nearest even. NaN stays NaN, overflow becomes infinity.
-static inline uint16_t to_half(float f) {
+SPD_HD static inline uint16_t to_half(float f) {
+#ifdef __CUDA_ARCH__
+    uint16_t h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+#else
     const uint32_t sign = (bits_of(f) >> 16) & 0x8000;
     const uint32_t x = bits_of(f) & 0x7fffffff;
     if (x > 0x7f800000) return uint16_t(sign | 0x7e00);
@@ -51,6 +56,7 @@ static inline uint16_t to_half(float f) {
     // Below 2^-14 halves are subnormal: adding 0.5 makes the float unit round at their last bit.
     if (x < 0x38800000) return uint16_t(sign | (bits_of(float_of(x) + 0.5f) - 0x3f000000));
     return uint16_t(sign | ((x + 0xc8000fff + ((x >> 13) & 1)) >> 13));
+#endif
 }
 
 SPD_HD static inline float from_half(uint16_t h) {
@@ -66,7 +72,7 @@ SPD_HD static inline float from_half(uint16_t h) {
 #endif
 }
 
-static inline uint16_t to_bfloat16(float f) {
+SPD_HD static inline uint16_t to_bfloat16(float f) {
     const uint32_t x = bits_of(f);
     if ((x & 0x7fffffff) > 0x7f800000) return uint16_t(x >> 16 | 0x40);
     return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);

@@ -307,7 +307,10 @@ def broken(column=None, value=None, view=2, **changes):
         (broken("alpha_sigma_x", 2e4, view=3), "alpha_sigma_x must be at most 10000"),
         (broken("patch_kind", 3), "patch_kind must be one of"),
         (broken("patch_kind", 1), "patch or its target is outside the view"),
-        (broken(backend="fast"), "no backend 'fast'; there are: auto, native, triton, reference"),
+        (
+            broken(backend="fast"),
+            "no backend 'fast'; there are: auto, native, cuda, triton, reference",
+        ),
     ],
 )
 def test_bad_input_is_named(arguments, message):

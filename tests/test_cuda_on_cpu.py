@@ -13,10 +13,19 @@ from shutil import which
 import cuda_module
 import pytest
 import torch
-from cases import GAUSSIAN_CASES, gaussian_case, random_gaussians
+from cases import (
+    GAUSSIAN_CASES,
+    VIEW_CASES,
+    every_operation_on,
+    gaussian_case,
+    random_gaussians,
+    view_case,
+)
 
 from spd_fast import reference
+from spd_fast.ops import augment_views as views
 from spd_fast.ops import mahalanobis
+from spd_fast.views import COLUMN
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or which("g++") is None, reason="needs g++ on Linux"
@@ -51,11 +60,17 @@ def module(tmp_path_factory, request):
 def on_cpu(request, module, monkeypatch):
     """The CUDA backend takes CPU tensors."""
     monkeypatch.setenv("SPD_FAST_THREAD_ORDER", request.param)
-    monkeypatch.setattr(mahalanobis, "native", module)
-    monkeypatch.setattr(mahalanobis, "stream_of", lambda tensor: 0)
+    take(module, monkeypatch)
     torch.use_deterministic_algorithms(True)  # new memory is NaN
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def take(module, monkeypatch) -> None:
+    """Let the operations call this module, and give it no stream."""
+    for operation in (mahalanobis, views):
+        monkeypatch.setattr(operation, "native", module)
+        monkeypatch.setattr(operation, "stream_of", lambda tensor: 0)
 
 
 def cuda_map(*arguments):
@@ -122,7 +137,7 @@ def test_channels_out_of_range_are_features_of_zero():
 
 
 def test_no_image(module, monkeypatch):
-    monkeypatch.setattr(mahalanobis, "native", module)
+    take(module, monkeypatch)
     features, channels = gaussian_case("three layers")
     arguments = [f[:0] for f in features], channels, *random_gaussians(64, 20)
     assert cuda_map(*arguments).shape == (0, 8, 8)
@@ -138,6 +153,64 @@ def test_what_it_cannot_take_is_said():
     assert any("4 layers" in r for r in reasons) and any("contiguous" in r for r in reasons)
     odd = torch.empty(factor.numel() + 1)[1:].view_as(factor)
     assert "16 bytes" in mahalanobis._cuda_reasons(features, channels, mean, odd)[-1]
+
+
+# ----------------------------------------------------------------------------------------- views
+
+IDENTITY = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+ALLOWED = {torch.float32: 1e-3, torch.float16: 2e-3}
+
+
+def cuda_views(images, params, size, dtype=torch.float32, channels_last=False, normalise=IDENTITY):
+    buffers, layout = views._as_buffers(images)
+    out = views._empty_views(params, size, dtype, channels_last, torch.device("cpu"))
+    reasons = views._cuda_reasons(buffers, layout, params, out)
+    assert reasons == ["needs tensors on one GPU, got cpu"]
+    views._run_cuda(buffers, layout, params, out, *normalise, 0)
+    return out
+
+
+def exact_views(images, params, size):
+    return reference.augment_views(images, params, size, dtype=torch.float64)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize("name", VIEW_CASES)
+def test_views_equal_reference(name, dtype):
+    images, params, size = view_case(name)
+    found = cuda_views(images, params, size, dtype)
+    assert (found - exact_views(images, params, size)).abs().max() <= ALLOWED[dtype]
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_every_jitter_order():
+    images, params, size = view_case("cutpaste")
+    for order in range(24):
+        its = every_operation_on(params, order)
+        found = cuda_views(images, its, size)
+        assert (found - exact_views(images, its, size)).abs().max() <= ALLOWED[torch.float32]
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_views_from_views_with_patches(dtype, channels_last):
+    images, params, size = view_case("odd view")
+    params = params.clone()
+    params[:, :, COLUMN["source"]] = torch.tensor([3.0, -1.0, 1.0, 1.0])
+    params[:, :, COLUMN["crop_top"] : COLUMN["flip"]] = torch.tensor([2.0, 1.0, 30.0, 40.0])
+    patch = dict(patch_kind=1, patch_top=1, patch_left=2, patch_height=9, patch_width=8,
+                 target_top=20, target_left=31, alpha_sigma_y=2, alpha_sigma_x=1)  # fmt: skip
+    for name, value in patch.items():
+        params[:, 1:, COLUMN[name]] = value
+    exact = exact_views(images, params, size)
+    found = cuda_views(images, params, size, dtype, channels_last)
+    if dtype == torch.uint8:
+        assert (found - (255 * exact).round()).abs().max() <= 1
+    else:  # bfloat16 has 8 bits, and the patch is blended into what has been rounded
+        allowed = {torch.float16: 2e-3, torch.bfloat16: 5e-3}[dtype]
+        assert (found.double() - exact).abs().max() <= allowed
 
 
 @whole
@@ -174,28 +247,37 @@ def sanitized(library: Path, *pytest_arguments: str) -> subprocess.CompletedProc
 # ------------------------------------------------------------- faults that these checks must find
 
 
-def faulty(directory: Path, old: str, new: str, count: int = -1) -> Path:
+def faulty(directory: Path, old: str, new: str) -> Path:
     """The sources with something replaced."""
     sources = directory / "csrc"
     shutil.copytree(cuda_module.ROOT / "csrc", sources)
-    source = sources / "mahalanobis.cu"
-    text = source.read_text()
-    assert old in text
-    source.write_text(text.replace(old, new, count))
+    texts = {source: source.read_text() for source in sources.glob("*.cu")}
+    assert sum(old in text for text in texts.values()) == 1
+    for source, text in texts.items():
+        source.write_text(text.replace(old, new))
     return sources
 
 
 def worst_error(monkeypatch) -> float:
-    """Over the thread orders."""
+    """Of distances and views, over the thread orders."""
     features, channels = gaussian_case("three layers")
     mean, factor = random_gaussians(64, 20)
-    exact = reference.mahalanobis_map(features, channels, mean, factor)
+    distances = reference.mahalanobis_map(features, channels, mean, factor)
+    images, params, size = view_case("odd view")
+    params = every_operation_on(params, 8)
+    exact = exact_views(images, params, size)
     errors = []
     for order in ORDERS:
         monkeypatch.setenv("SPD_FAST_THREAD_ORDER", order)
-        found = cuda_map(features, channels, mean, factor)
-        errors.append(float((found - exact).abs().nan_to_num(torch.inf).max()))
-    return max(errors)
+        errors.append(cuda_map(features, channels, mean, factor) - distances)
+        errors.append(cuda_views(images, params, size) - exact)
+    return max(float(error.abs().nan_to_num(torch.inf).max()) for error in errors)
+
+
+@whole
+def test_no_fault_no_error(module, monkeypatch):
+    take(module, monkeypatch)
+    assert worst_error(monkeypatch) < 1e-3
 
 
 @whole
@@ -203,19 +285,22 @@ def worst_error(monkeypatch) -> float:
     "old, new",
     [
         ("__syncthreads();\n\n    const T*", "const T*"),  # the features are not all there
-        ("__syncthreads();\n    const int b", "const int b"),  # nor the warps' sums
+        ("__syncthreads();\n    const int b =", "const int b ="),  # nor the warps' sums
         ("__syncthreads();\n    for", "for"),  # nor the places in the layers
         ("lane % image_unit == 0 && ", "lane % image_unit == 1 && lane > 1 && "),
         ("8 * (last + 1)", "8 * last"),
         ("if (threadIdx.x < unsigned(args.layers))", "if (threadIdx.x < 1)"),  # places left out
+        ("tile.x - radius + e", "tile.x - radius + 1 + e"),  # a wrong halo
+        ("__syncthreads();\n        blur(", "blur("),
+        ("    __syncthreads();\n    float sum = 0;", "    float sum = 0;"),  # of the block's gray
+        ("if (threadIdx.x < tile_y)\n        a[", "if (threadIdx.x < 8)\n        a["),
     ],
 )
 def test_a_wrong_result_is_found(old, new, bindings, tmp_path, monkeypatch):
     sources = faulty(tmp_path, old, new)
     module = cuda_module.load(cuda_module.build(tmp_path, bindings, sources=sources))
-    monkeypatch.setattr(mahalanobis, "native", module)
-    monkeypatch.setattr(mahalanobis, "stream_of", lambda tensor: 0)
-    assert worst_error(monkeypatch) > 1e-3
+    take(module, monkeypatch)
+    assert worst_error(monkeypatch) > 1.5e-3
 
 
 @whole
@@ -224,14 +309,14 @@ def test_a_wrong_result_is_found(old, new, bindings, tmp_path, monkeypatch):
     [
         ("shfl_xor_sync(all_lanes, sq", "shfl_xor_sync(all_lanes / 2, sq", "in its own mask"),
         ("    float squares = 0;", "    if (lane == 5) return; float squares = 0;", "do not come"),
-        ("    __syncthreads();\n\n", "    if (warp) __syncthreads();\n\n", "do not come"),
+        ("    __syncthreads();\n    const int begin", "    const int begin", "do not come"),
+        ("__syncthreads();\n\n    const T", "if (warp) __syncthreads(); const T", "do not come"),
     ],
 )
 def test_threads_that_miss_each_other_are_found(old, new, message, bindings, tmp_path, monkeypatch):
     sources = faulty(tmp_path, old, new)
     module = cuda_module.load(cuda_module.build(tmp_path, bindings, sources=sources))
-    monkeypatch.setattr(mahalanobis, "native", module)
-    monkeypatch.setattr(mahalanobis, "stream_of", lambda tensor: 0)
+    take(module, monkeypatch)
     with pytest.raises(RuntimeError, match=message):
         worst_error(monkeypatch)
 

@@ -67,10 +67,11 @@ def test_distances(name, dtype, backend):
         torch.testing.assert_close(found, exact.float(), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", VIEW_CASES)
-def test_views(name):
+def test_views(name, backend):
     images, params, size, exact = views(name)
-    found = augment_views(images, params, size, backend="triton", **IDENTITY).cpu()
+    found = augment_views(images, params, size, backend=backend, **IDENTITY).cpu()
     assert (found - exact).abs().max() <= 1e-3
 
 
@@ -91,10 +92,11 @@ def test_distances_do_not_wait_and_follow_the_stream(backend):
     torch.testing.assert_close(found.cpu(), exact.float(), rtol=2e-6, atol=1e-6)
 
 
-def test_views_do_not_wait():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_do_not_wait(backend):
     images, params, size, exact = views("ragged")
     with no_waiting():
-        found = augment_views(images, params, size, backend="triton", **IDENTITY)
+        found = augment_views(images, params, size, backend=backend, **IDENTITY)
     assert (found.cpu() - exact).abs().max() <= 1e-3
 
 
@@ -113,21 +115,22 @@ def test_distances_in_a_graph(backend):
         torch.testing.assert_close(found.cpu(), exact[order].float(), rtol=2e-6, atol=1e-6)
 
 
-def test_views_in_a_graph_read_pinned_parameters_again():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_in_a_graph_read_pinned_parameters_again(backend):
     images, params, size = view_case("ragged")
     _, others, _ = view_case("ragged", epoch=1)
     images = [image.cuda() for image in images]
     table = params.pin_memory()
     out = torch.empty(4, 3, 3, *size, device="cuda")
-    augment_views(images, table, out=out, backend="triton")
+    augment_views(images, table, out=out, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        augment_views(images, table, out=out, backend="triton")
+        augment_views(images, table, out=out, backend=backend)
     for its in (params, others, params):
         torch.cuda.synchronize()
         table.copy_(its)
         graph.replay()
-        expected = augment_views(images, its, size, backend="triton")
+        expected = augment_views(images, its, size, backend=backend)
         assert torch.equal(out, expected)
 
 
@@ -143,13 +146,14 @@ def test_distances_compiled(backend):
     torch.testing.assert_close(found, exact.float(), rtol=2e-6, atol=1e-6)
 
 
-def test_views_past_2_to_the_31_elements():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_past_2_to_the_31_elements(backend):
     images, params, _ = view_case("no spd")
-    n, size = 1 + (1 << 31) // (2 * 3 * 512 * 512), (512, 512)
+    n, size = 1 + (1 << 31) // (2 * 3 * 384 * 384), (384, 384)
     images = [images[0].cuda()] * n
     out = torch.empty(2, n, 3, *size, dtype=torch.float16, device="cuda")
     assert out.numel() > 1 << 31
-    augment_views(images, params[:1].repeat(n, 1, 1), out=out, backend="triton")
+    augment_views(images, params[:1].repeat(n, 1, 1), out=out, backend=backend)
     assert torch.equal(out[:, 0], out[:, -1])
 
 

@@ -11,22 +11,28 @@ from spd_fast import reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    cuda_backend,
     native,
     native_backend,
     not_for_triton,
     not_on_cpu,
+    not_on_one_gpu,
     reference_backend,
     select,
+    stream_of,
     thread_count,
     triton_backend,
 )
 from spd_fast.ops.memory import on_huge_pages
+from spd_fast.ops.view_rounds import Round, Stored, make_views
 from spd_fast.views import COLUMNS, INTEGER_COLUMNS, PATCH_KINDS, view_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ALPHA_SIGMA = 1e4  # pixels; the kernel has 4 sigma taps on either side
 MAX_SIDE = 1 << 24  # whole numbers are exact in the float32 table up to here
+# What csrc/augment_views.cu takes: a tile and what its blur reads fit into 48 KB.
+CUDA_VIEWS, CUDA_HEIGHT = 16, 439
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 Image = np.ndarray | Tensor
@@ -63,7 +69,7 @@ def augment_views(
         out: written to instead of a new tensor; its shape, dtype and strides then decide, `size`,
             `dtype` and `channels_last` do not. It may be a slice `batch[:, i:j]` of a larger one.
         threads: CPU threads; 0 = torch.get_num_threads().
-        backend: "reference", "native", "triton" or "auto"; see `spd_fast.ops.backends`.
+        backend: "reference", "native", "cuda", "triton" or "auto"; see `spd_fast.ops.backends`.
 
     Returns:
         (V, N, 3, height, width): views first, so that `out[k]` is one contiguous batch.
@@ -333,8 +339,9 @@ def _run_native(buffers, layout, params, out, mean, std, threads) -> None:
     )
 
 
-def _triton_reasons(buffers, layout, params, out) -> list[str]:
-    reasons = not_for_triton([*buffers, out])
+def _gpu_reasons(layout, params, out) -> list[str]:
+    """Of both GPU backends."""
+    reasons = []
     sources = params[..., _SOURCE]
     if (sources != sources[:1]).any():
         reasons.append("one view has different sources in different images")
@@ -346,17 +353,57 @@ def _triton_reasons(buffers, layout, params, out) -> list[str]:
     return reasons
 
 
-def _run_triton(buffers, layout, params, out, mean, std, threads) -> None:
-    from spd_fast.kernels.augment_views import augment_views
+def _cuda_reasons(buffers, layout, params, out) -> list[str]:
+    reasons = not_on_one_gpu([*buffers, out]) + _gpu_reasons(layout, params, out)
+    if out.shape[0] > CUDA_VIEWS or out.shape[3] > CUDA_HEIGHT:
+        reasons.append(f"takes at most {CUDA_VIEWS} views of {CUDA_HEIGHT} rows")
+    return reasons
 
-    starts = torch.tensor([buffer.data_ptr() for buffer in buffers])
-    images = layout[:, 1:].clone()  # offset, height, width
-    images[:, 0] += (starts - starts[0])[layout[:, 0]]
+
+def _triton_reasons(buffers, layout, params, out) -> list[str]:
+    return not_for_triton([*buffers, out]) + _gpu_reasons(layout, params, out)
+
+
+def _run_cuda(buffers, layout, params, out, mean, std, threads) -> None:
+    make_views(_make_round_in_cuda, buffers, layout, params, out, *_stored(out, mean, std))
+
+
+def _make_round_in_cuda(work: Round) -> None:
+    n_views, n, _, height, width = work.target.views.shape
+
+    def described(stored: Stored) -> tuple:
+        views, scales, shifts = stored
+        dtype = str(views.dtype).removeprefix("torch.")
+        return views.data_ptr(), dtype, views.stride(), scales, shifts, len(views)
+
+    native.cuda_augment_round(
+        work.views,
+        *(t.data_ptr() for t in (work.pixels, work.images, work.params)),
+        *(n, n_views, height, width),
+        work.source and described(work.source),
+        described(work.target),
+        described(work.fine),
+        work.scratch.data_ptr(),
+        work.packed,
+        work.sums.data_ptr(),
+        work.boxes.data_ptr(),
+        work.boxes.shape[2],
+        work.paste_fine,
+        stream_of(work.target.views),
+    )
+
+
+def _run_triton(buffers, layout, params, out, mean, std, threads) -> None:
+    from spd_fast.kernels.augment_views import make_round  # imports triton, which takes a while
+
+    make_views(make_round, buffers, layout, params, out, *_stored(out, mean, std))
+
+
+def _stored(out: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[tuple, tuple]:
+    """Scale and shift of each channel, from a view's values to those of `out`."""
     if out.dtype == torch.uint8:
-        scales, shifts = [255.0] * 3, [0.0] * 3
-    else:
-        scales, shifts = [1 / s for s in std], [-m / s for m, s in zip(mean, std)]
-    augment_views(buffers[0].view(-1), images, params, out, scales, shifts)
+        return (255.0,) * 3, (0.0,) * 3
+    return tuple(1 / s for s in std), tuple(-m / s for m, s in zip(mean, std))
 
 
 def _native_reasons(buffers, layout, params, out) -> list[str]:
@@ -365,6 +412,7 @@ def _native_reasons(buffers, layout, params, out) -> list[str]:
 
 OPERATIONS["augment_views"] = (
     native_backend(_run_native, _native_reasons),
+    cuda_backend(_run_cuda, _cuda_reasons),
     triton_backend(_run_triton, _triton_reasons),
     reference_backend(_run_reference),
 )
