@@ -17,19 +17,7 @@ constexpr int groups = threads / tile_x;    // of threads of one row
 constexpr int rows_each = tile_y / groups;  // output rows of a thread, one below the other
 constexpr int chunk = 32, chunk_each = chunk / groups;  // source rows filtered at a time
 
-struct Half {
-    uint16_t bits;
-};
-struct Bfloat {
-    uint16_t bits;
-};
-
 // ---------------------------------------------------------------------------- pixels in memory
-
-__device__ inline float value_of(float v) { return v; }
-__device__ inline float value_of(Half v) { return from_half(v.bits); }
-__device__ inline float value_of(Bfloat v) { return float_of(uint32_t(v.bits) << 16); }
-__device__ inline float value_of(uint8_t v) { return v; }
 
 __device__ inline void put(float* to, float v) { *to = v; }
 __device__ inline void put(Half* to, float v) { to->bits = to_half(v); }
@@ -142,7 +130,7 @@ __device__ inline Rgb jitter(Rgb p, const Adjustments& a, int first, int last, f
     return p;
 }
 
-// Sum over the block, in an order that is always the same; thread 0 has it.
+// Sum over the block, in an order that is always the same.
 __device__ inline float block_sum(float v) {
     __shared__ float part[threads / warp_size];
     for (int bit = warp_size / 2; bit > 0; bit /= 2) v += __shfl_xor_sync(all_lanes, v, bit);
@@ -154,12 +142,12 @@ __device__ inline float block_sum(float v) {
 }
 
 struct Tile {
-    int y, x;  // of its first pixel
+    int number, y, x;  // its first pixel
 };
 
 __device__ inline Tile tile_of(const GpuRoundArgs& args, int number) {
     const int across = (args.width + tile_x - 1) / tile_x;
-    return {number / across * tile_y, number % across * tile_x};
+    return {number, number / across * tile_y, number % across * tile_x};
 }
 
 // Adjusts a thread's pixels up to contrast, keeps them, and leaves the tile's sum of gray.
@@ -178,7 +166,7 @@ __device__ inline void keep_up_to_contrast(const GpuRoundArgs& args, const Job& 
         sum += gray(p.r, p.g, p.b);
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) args.sums[blockIdx.x] = sum;
+    if (threadIdx.x == 0) args.sums[job.index * args.tiles + tile.number] = sum;
 }
 
 // ------------------------------------------------------------------------------------- resizing
@@ -278,9 +266,8 @@ __global__ void __launch_bounds__(threads, 4) resize_view_kernel(const GpuRoundA
     // The views of one tile follow each other, so that the second finds its source in the cache.
     const int64_t of_image = int64_t(args.tiles) * args.views_made;
     const int64_t image = blockIdx.x / of_image, in_image = blockIdx.x % of_image;
-    const int number = int(in_image / args.views_made);
     const Job job = job_of(args, image * args.views_made + in_image % args.views_made);
-    const Tile tile = tile_of(args, number);
+    const Tile tile = tile_of(args, int(in_image / args.views_made));
     const ViewParams& p = row_of(args, job);
     if (threadIdx.x == 0) colors = view_adjustments(p);
     __syncthreads();
@@ -316,19 +303,7 @@ __global__ void __launch_bounds__(threads, 4) resize_view_kernel(const GpuRoundA
         }
         pixels[i] = {channel[0], channel[1], channel[2]};
     }
-    // keep_up_to_contrast counts blocks by job; here a job's tiles lie apart.
-    const KeptPixels scratch = scratch_of(args);
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const int y = tile.y + threadIdx.x / tile_x * rows_each + i;
-        if (y >= args.height || x >= args.width) continue;
-        const Rgb kept = jitter(pixels[i], colors, 0, colors.contrast_at, 0);
-        scratch.put(job.index, int64_t(y) * args.width + x, kept);
-        sum += gray(kept.r, kept.g, kept.b);
-    }
-    sum = block_sum(sum);
-    if (threadIdx.x == 0) args.sums[job.index * args.tiles + number] = sum;
+    keep_up_to_contrast(args, job, colors, tile, pixels);
 }
 
 // -------------------------------------------------------------------------------------- the rest

@@ -2,7 +2,7 @@
 // tests/cuda/on_cpu.h.
 #pragma once
 
-#include <cstddef>
+#include "common.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
@@ -25,5 +25,16 @@ const char* cuda_launch_error();  // of what was launched since the last call, o
 constexpr unsigned all_lanes = 0xffffffff;
 constexpr int warp_size = 32;
 constexpr size_t most_shared = 48 << 10;  // bytes a block may have without asking for more
+
+struct Half {
+    uint16_t bits;
+};
+struct Bfloat {
+    uint16_t bits;
+};
+SPD_HD static inline float value_of(float v) { return v; }
+SPD_HD static inline float value_of(Half v) { return from_half(v.bits); }
+SPD_HD static inline float value_of(Bfloat v) { return float_of(uint32_t(v.bits) << 16); }
+SPD_HD static inline float value_of(uint8_t v) { return v; }
 
 }  // namespace spd

@@ -12,23 +12,13 @@ namespace {
 
 constexpr int warps = 4, threads = warps * warp_size;
 
-struct Half {
-    uint16_t bits;
-};
-struct Bfloat {
-    uint16_t bits;
-};
-SPD_HD inline float widened(Half h) { return from_half(h.bits); }
-SPD_HD inline float widened(Bfloat b) { return float_of(uint32_t(b.bits) << 16); }
-SPD_HD inline float widened(float f) { return f; }
-
 // 16 bytes of a panel as floats: V rows of one column.
 template <class T, int V>
 __device__ inline void widen(const uint4& words, float (&rows)[V]) {
     static_assert(V * sizeof(T) == sizeof(uint4));
     T parts[V];
     memcpy(parts, &words, sizeof words);
-    for (int i = 0; i < V; ++i) rows[i] = widened(parts[i]);
+    for (int i = 0; i < V; ++i) rows[i] = value_of(parts[i]);
 }
 
 // Of channel c of image `image` at the places of this position in the layers; 0 if no layer has it.
