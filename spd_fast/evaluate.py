@@ -208,7 +208,7 @@ def _write_report(config: EvaluateConfig, run: dict) -> None:
     print(format_table([run]))
     skipped = [reason for found in run["categories"] for reason in found["skipped"].values()]
     if skipped:
-        print(f"{len(skipped)} images were skipped:", *skipped, sep="\n  ")
+        print(f"skipped images: {len(skipped)}", *skipped, sep="\n  ")
     for name, reason in run["failed"].items():
         print(f"{name} failed: {reason}")
     print(f"report: {report}")

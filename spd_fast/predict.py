@@ -86,7 +86,7 @@ def predict(
         for path, score, name in sorted(table, key=lambda row: -row[1]):
             writer.writerow((path, f"{score:.6g}", name))
     if skipped:
-        print(f"{len(skipped)} of {len(paths)} images were skipped:", *skipped, sep="\n  ")
+        print(f"skipped images: {len(skipped)} of {len(paths)}", *skipped, sep="\n  ")
     return out / "scores.csv"
 
 

@@ -171,10 +171,10 @@ def test_bad_images_stop_or_are_skipped(tmp_path, capsys):
     run = evaluate(config(root, tmp_path / "out", skip_bad_images=True))
     assert run["categories"][0]["n_train"] == 6
     assert list(run["categories"][0]["skipped"]) == [str(bad)]
-    assert "1 images were skipped" in capsys.readouterr().out
+    assert "skipped images: 1" in capsys.readouterr().out
     again = evaluate(config(root, tmp_path / "out", skip_bad_images=True))  # results are kept
     assert again["categories"] == run["categories"]
-    assert "1 images were skipped" in capsys.readouterr().out
+    assert "skipped images: 1" in capsys.readouterr().out
 
 
 def test_a_mask_of_another_size_is_named(tmp_path):
