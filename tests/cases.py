@@ -107,6 +107,14 @@ def random_gaussians(positions: int, d: int, seed: int = 1) -> tuple[torch.Tenso
     return mean, factor
 
 
+def exact_map(features, channels, mean, factor) -> torch.Tensor:
+    """`mahalanobis_map` in float64."""
+    from spd_fast.reference import mahalanobis_map
+
+    features = [f.double() for f in features]
+    return mahalanobis_map(features, channels, mean.double(), factor.double())
+
+
 # name -> (points, dimensions, how they lie)
 POINT_CASES = {
     "one point": (1, 3, "normal"),

@@ -1,6 +1,7 @@
 """The CUDA kernels built to run on the CPU: see tests/cuda/on_cpu.h."""
 
 import importlib.util
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -8,31 +9,45 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).parents[1]
+SOURCES, SHARED = ROOT / "csrc", "views_gpu.h"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
-def compile_bindings(directory: Path, flags: tuple[str, ...] = ()) -> Path:
-    """An object file: it takes longest, and is the same whatever the kernels are."""
-    object_file = directory / "bindings.o"
-    source = ROOT / "tests/cuda/on_cpu.cpp"
-    run([*compiler(flags), f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(object_file)])
-    return object_file
+def compile_all(directory: Path, flags: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Object files, by the names of the sources: the bindings, and the .cu files for the CPU."""
+    sources = [ROOT / "tests/cuda/on_cpu.cpp", *SOURCES.glob("*.cu")]
+    sources = [s for s in sources if s.name != "cuda_state.cu"]  # there is no device to ask
+    return {source.name: compile_one(source, directory, flags) for source in sources}
 
 
-def build(
-    directory: Path, bindings: Path, flags: tuple[str, ...] = (), sources: Path = ROOT / "csrc"
-) -> Path:
-    """Compile the .cu files of a folder for the CPU; returns the module's file."""
-    objects = [str(bindings)]
-    for source in sorted(sources.glob("*.cu")):
-        if source.name == "cuda_state.cu":  # there is no device to ask
-            continue
-        objects.append(str(directory / f"{source.stem}.o"))
-        shim = ["-x", "c++", "-include", str(ROOT / "tests/cuda/on_cpu.h"), f"-I{ROOT / 'csrc'}"]
-        run([*compiler(flags), *shim, "-c", str(source), "-o", objects[-1]])
+def compile_one(source: Path, directory: Path, flags: tuple[str, ...]) -> Path:
+    """Headers beside the source are taken before those of csrc/."""
+    shim = ["-include", str(ROOT / "tests/cuda/on_cpu.h")] if source.suffix == ".cu" else []
+    made = directory / f"{source.name}.o"
+    command = [*compiler(flags), "-x", "c++", *shim, f"-I{SOURCES}"]
+    run([*command, "-c", str(source), "-o", str(made)])
+    return made
+
+
+def link(directory: Path, objects: dict[str, Path], flags: tuple[str, ...] = ()) -> Path:
+    """The module's file."""
     module = directory / "cuda_on_cpu.so"
-    run([*compiler(flags), "-shared", *objects, "-o", str(module)])
+    run([*compiler(flags), "-shared", *map(str, objects.values()), "-o", str(module)])
     return module
+
+
+def with_fault(
+    directory: Path, objects: dict[str, Path], old: str, new: str, flags: tuple[str, ...] = ()
+) -> Path:
+    """The module with a text of one source replaced; the others are not compiled again."""
+    found = [path for path in [*SOURCES.glob("*.cu"), SOURCES / SHARED] if old in path.read_text()]
+    assert len(found) == 1, found
+    (directory / found[0].name).write_text(found[0].read_text().replace(old, new))
+    changed = "augment_views.cu" if found[0].name == SHARED else found[0].name
+    if found[0].name == SHARED:
+        shutil.copy(SOURCES / changed, directory)
+    objects = objects | {changed: compile_one(directory / changed, directory, flags)}
+    return link(directory, objects, flags)
 
 
 def compiler(flags: tuple[str, ...]) -> list[str]:

@@ -4,7 +4,6 @@ With SPD_FAST_CUDA_ON_CPU a module that is built already is taken.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from cases import (
     GAUSSIAN_CASES,
     VIEW_CASES,
     every_operation_on,
+    exact_map,
     gaussian_case,
     random_gaussians,
     view_case,
@@ -38,22 +38,22 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def bindings(tmp_path_factory):
-    return cuda_module.compile_bindings(tmp_path_factory.mktemp("bindings"))
+def objects(tmp_path_factory):
+    return cuda_module.compile_all(tmp_path_factory.mktemp("objects"))
 
 
 @pytest.fixture(scope="module")
-def sanitized_bindings(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("sanitized_bindings")
-    return cuda_module.compile_bindings(directory, cuda_module.SANITIZERS)
+def sanitized_objects(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sanitized")
+    return cuda_module.compile_all(directory, cuda_module.SANITIZERS)
 
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory, request):
     if given := os.environ.get("SPD_FAST_CUDA_ON_CPU"):
         return cuda_module.load(Path(given))
-    bindings = request.getfixturevalue("bindings")
-    return cuda_module.load(cuda_module.build(tmp_path_factory.mktemp("cuda"), bindings))
+    objects = request.getfixturevalue("objects")
+    return cuda_module.load(cuda_module.link(tmp_path_factory.mktemp("cuda"), objects))
 
 
 @pytest.fixture(params=ORDERS)
@@ -86,8 +86,7 @@ def test_map_equals_reference(name, dtype):
     features, channels = gaussian_case(name)
     mean, factor = random_gaussians(features[0][0, 0].numel(), len(channels))
     factor = factor.to(dtype)
-    double = [f.double() for f in features]
-    exact = reference.mahalanobis_map(double, channels, mean.double(), factor.double())
+    exact = exact_map(features, channels, mean, factor)
     plain = reference.mahalanobis_map(features, channels, mean, factor)
     allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.max()
     for start in range(min(len(exact), 4)):
@@ -214,9 +213,9 @@ def test_views_from_views_with_patches(dtype, channels_last):
 
 
 @whole
-def test_sanitizers_find_nothing(sanitized_bindings, tmp_path):
+def test_sanitizers_find_nothing(sanitized_objects, tmp_path):
     """All of the above, with the address and undefined-behaviour sanitizers."""
-    library = cuda_module.build(tmp_path, sanitized_bindings, cuda_module.SANITIZERS)
+    library = cuda_module.link(tmp_path, sanitized_objects, cuda_module.SANITIZERS)
     done = sanitized(library, __file__)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -231,31 +230,20 @@ def sanitized(library: Path, *pytest_arguments: str) -> subprocess.CompletedProc
         "ASAN_OPTIONS": "detect_leaks=0",
         "SPD_FAST_CUDA_ON_CPU": str(library),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        *pytest_arguments,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+    command += pytest_arguments
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 # ------------------------------------------------------------- faults that these checks must find
 
 
-def faulty(directory: Path, old: str, new: str) -> Path:
-    """The sources with something replaced."""
-    sources = directory / "csrc"
-    shutil.copytree(cuda_module.ROOT / "csrc", sources)
-    texts = {source: source.read_text() for source in sources.glob("*.cu")}
-    assert sum(old in text for text in texts.values()) == 1
-    for source, text in texts.items():
-        source.write_text(text.replace(old, new))
-    return sources
+@pytest.fixture
+def with_fault(objects, tmp_path, monkeypatch):
+    """Lets the operations call a module with a fault."""
+    return lambda old, new: take(
+        cuda_module.load(cuda_module.with_fault(tmp_path, objects, old, new)), monkeypatch
+    )
 
 
 def worst_error(monkeypatch) -> float:
@@ -296,10 +284,8 @@ def test_no_fault_no_error(module, monkeypatch):
         ("if (threadIdx.x < tile_y)\n        a[", "if (threadIdx.x < 8)\n        a["),
     ],
 )
-def test_a_wrong_result_is_found(old, new, bindings, tmp_path, monkeypatch):
-    sources = faulty(tmp_path, old, new)
-    module = cuda_module.load(cuda_module.build(tmp_path, bindings, sources=sources))
-    take(module, monkeypatch)
+def test_a_wrong_result_is_found(old, new, with_fault, monkeypatch):
+    with_fault(old, new)
     assert worst_error(monkeypatch) > 1.5e-3
 
 
@@ -313,10 +299,8 @@ def test_a_wrong_result_is_found(old, new, bindings, tmp_path, monkeypatch):
         ("__syncthreads();\n\n    const T", "if (warp) __syncthreads(); const T", "do not come"),
     ],
 )
-def test_threads_that_miss_each_other_are_found(old, new, message, bindings, tmp_path, monkeypatch):
-    sources = faulty(tmp_path, old, new)
-    module = cuda_module.load(cuda_module.build(tmp_path, bindings, sources=sources))
-    take(module, monkeypatch)
+def test_threads_that_miss_each_other_are_found(old, new, message, with_fault, monkeypatch):
+    with_fault(old, new)
     with pytest.raises(RuntimeError, match=message):
         worst_error(monkeypatch)
 
@@ -331,8 +315,8 @@ def test_threads_that_miss_each_other_are_found(old, new, message, bindings, tmp
         ("part[warp][lane / image_unit] =", "part[warp][B + lane / image_unit] =", "out of bounds"),
     ],
 )
-def test_the_sanitizers_find_what_is_out_of_bounds(old, new, message, sanitized_bindings, tmp_path):
-    sources = faulty(tmp_path, old, new)
-    library = cuda_module.build(tmp_path, sanitized_bindings, cuda_module.SANITIZERS, sources)
+def test_the_sanitizers_find_what_is_out_of_bounds(old, new, message, sanitized_objects, tmp_path):
+    flags = cuda_module.SANITIZERS
+    library = cuda_module.with_fault(tmp_path, sanitized_objects, old, new, flags)
     done = sanitized(library, __file__, "-k", "map_equals_reference and dtype0", "-x")
     assert done.returncode and message in done.stdout + done.stderr, done.stderr[-2000:]

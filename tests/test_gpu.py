@@ -7,7 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import GAUSSIAN_CASES, VIEW_CASES, gaussian_case, random_gaussians, view_case
+from cases import (
+    GAUSSIAN_CASES,
+    VIEW_CASES,
+    exact_map,
+    gaussian_case,
+    random_gaussians,
+    view_case,
+)
 
 from spd_fast import PaDiM, augment_views, mahalanobis_map, reference
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
@@ -42,8 +49,7 @@ def gaussians(name: str, dtype=torch.float32, images: int = 4):
     features = [f[:images] for f in features]
     mean, factor = random_gaussians(features[0][0, 0].numel(), len(channels))
     factor = factor.to(dtype)
-    double = [f.double() for f in features]
-    exact = reference.mahalanobis_map(double, channels, mean.double(), factor.double())
+    exact = exact_map(features, channels, mean, factor)
     arguments = [f.cuda() for f in features], channels.cuda(), mean.cuda(), factor.cuda()
     return arguments, exact
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import GAUSSIAN_CASES, gaussian_case, random_gaussians
+from cases import GAUSSIAN_CASES, exact_map, gaussian_case, random_gaussians
 
 from spd_fast import InputError, mahalanobis_map, reference
 from spd_fast.ops.backends import OPERATIONS, interpreted, select
@@ -14,11 +14,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def on_device(features, *tensors):
     return [f.to(DEVICE) for f in features], *(t.to(DEVICE) for t in tensors)
-
-
-def exact_map(features, channels, mean, factor):
-    features = [f.double() for f in features]
-    return reference.mahalanobis_map(features, channels, mean.double(), factor.double())
 
 
 @pytest.fixture
