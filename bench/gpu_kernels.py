@@ -17,6 +17,7 @@ from ahead import ARCHITECTURES, TOOLS, compiled_for
 
 from spd_fast import _C, recipes, sample_view_params
 from spd_fast.kernels import augment_views, mahalanobis
+from spd_fast.ops.augment_views import TRITON_TILE
 from spd_fast.ops.view_rounds import make_views
 from spd_fast.reference import packed_size
 
@@ -63,7 +64,7 @@ def _views(dtype: str, channels_last: bool) -> None:
     out = torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
     out = out.permute(0, 1, 4, 2, 3) if channels_last else out
     scales = (4.0,) * 3, (-2.0,) * 3
-    make_views(augment_views.make_round, [pixels], layout, params, out, *scales)
+    make_views(augment_views.make_round, [pixels], layout, params, out, *scales, TRITON_TILE)
 
 
 def _distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:

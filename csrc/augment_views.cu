@@ -4,16 +4,23 @@
 // resize (or resize_view) crops, resizes, flips and adjusts colours up to contrast, which needs the
 // mean of the whole view: every block leaves its part of that sum. finish does the rest, blurs,
 // normalises and stores; paste blends patches in. Between launches pixels are kept in 16 bits, or
-// packed into 11, 11 and 10. Both filters are two passes through shared memory, one for each axis.
+// packed into 11, 11 and 10. Both filters are two passes through shared memory, one for each axis;
+// the blur's are products with band matrices.
+
+#include <type_traits>
 
 #include "views_gpu.h"
+#include "views_gpu_blur.h"
 
 namespace spd {
 namespace {
 
-constexpr int chunk = 32, chunk_each = chunk / groups;  // source rows filtered at a time
-
 // ------------------------------------------------------------------------------------- resizing
+
+constexpr int chunk = 32, chunk_each = chunk / warps;  // source rows at a time
+
+// Bytes are taken as 2^15 + byte: what that adds, as the weights sum to 1 / 255.
+constexpr float under_bytes = -32768 / 255.f;
 
 // What one output reads along an axis; the weights are not normalised yet.
 struct Axis {
@@ -32,235 +39,298 @@ __device__ inline Axis axis_of(int i, int in, int out) {
 __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs args) {
     __shared__ float line[chunk][3][tile_x];  // source rows, resized along the row
     __shared__ Axis down[tile_y];
-    __shared__ Adjustments colors;
-    const Job job = job_of(args, blockIdx.x / args.tiles);
-    const Tile tile = tile_of(args, blockIdx.x % args.tiles);
+    __shared__ Jitter colors;
+    const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
-    if (threadIdx.x == 0) colors = view_adjustments(p);
+    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
     const int64_t* image = args.images + 3 * int64_t(job.image);
-    const int64_t pitch = 3 * image[2];
-    const int crop_height = int(p.crop_height), column = threadIdx.x % tile_x;
-    const int group = threadIdx.x / tile_x, bottom = args.height - 1;
-    const uint8_t* corner = args.pixels + image[0] + int(p.crop_top) * pitch + 3 * int(p.crop_left);
+    const int pitch = 3 * int(image[2]), crop_height = int(p.crop_height);
+    const uint8_t* corner =
+        args.pixels + image[0] + int(p.crop_top) * int64_t(pitch) + 3 * int(p.crop_left);
+    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+    if (threadIdx.x < tile_y)
+        down[threadIdx.x] =
+            axis_of(min2(job.top + int(threadIdx.x), args.height - 1), crop_height, args.height);
 
     // Threads past the view's end do as its last pixel does. Flipping commutes with all that comes
     // before the patch.
-    const int x = min2(tile.x + column, args.width - 1);
-    const Axis across =
-        axis_of(p.flip != 0 ? args.width - 1 - x : x, int(p.crop_width), args.width);
-    float sum_x = 0;
-    for (int k = 0; k < across.taps; ++k) sum_x += across.weight(across.first + k);
-    const float gain = 1 / (255 * sum_x);
-    if (threadIdx.x < tile_y)
-        down[threadIdx.x] =
-            axis_of(min2(tile.y + int(threadIdx.x), bottom), crop_height, args.height);
+    Axis across[columns_each];
+    float gain[columns_each] = {};
+#pragma unroll
+    for (int c = 0; c < columns_each; ++c) {
+        const int x = min2(job.column + c * warp_size, args.width - 1);
+        across[c] = axis_of(p.flip != 0 ? args.width - 1 - x : x, int(p.crop_width), args.width);
+    }
+    const int taps = across[0].taps;
+#pragma unroll 1
+    for (int k = 0; k < taps; ++k)
+#pragma unroll
+        for (int c = 0; c < columns_each; ++c) gain[c] += across[c].weight(across[c].first + k);
+#pragma unroll
+    for (int c = 0; c < columns_each; ++c) gain[c] = 1 / (255 * gain[c]);
     __syncthreads();
-    const int begin = down[0].first, end = down[tile_y - 1].first + down[tile_y - 1].taps;
+    const int begin = down[0].first, end = down[tile_y - 1].first + down[0].taps;
 
-    Rgb sums[rows_each] = {};
+    Rgb pixels[pixels_each] = {};
     float sum_y[rows_each] = {};
+#pragma unroll 1
     for (int start = begin; start < end; start += chunk) {
         const int rows = min2(chunk, end - start);
-        Rgb filtered[chunk_each] = {};
-        for (int k = 0; k < across.taps; ++k) {
-            const float w = across.weight(across.first + k) * gain;
-            const uint8_t* at = corner + start * pitch + 3 * (across.first + k);
+        Rgb filtered[chunk_each][columns_each];
+        const uint8_t* from[chunk_each][columns_each];
+        float distance[columns_each];
+#pragma unroll
+        for (int c = 0; c < columns_each; ++c) {
+            distance[c] = across[c].first + 0.5f - across[c].centre;
 #pragma unroll
             for (int i = 0; i < chunk_each; ++i) {
-                const uint8_t* from = at + min2(group + i * groups, rows - 1) * pitch;
-                filtered[i].r += w * from_bits(from[0], 1);
-                filtered[i].g += w * from_bits(from[1], 1);
-                filtered[i].b += w * from_bits(from[2], 1);
+                const int row = start + min2(warp + i * warps, rows - 1);
+                from[i][c] = corner + row * int64_t(pitch) + 3 * across[c].first;
+                filtered[i][c] = {under_bytes, under_bytes, under_bytes};
             }
         }
+#pragma unroll 1
+        for (int k = 0; k < taps; ++k) {
+            float w[columns_each];
 #pragma unroll
-        for (int i = 0; i < chunk_each; ++i) {
-            line[group + i * groups][0][column] = filtered[i].r;
-            line[group + i * groups][1][column] = filtered[i].g;
-            line[group + i * groups][2][column] = filtered[i].b;
+            for (int c = 0; c < columns_each; ++c) {
+                w[c] = triangle(distance[c], across[c].slope) * gain[c];
+                distance[c] += 1;
+            }
+#pragma unroll
+            for (int i = 0; i < chunk_each; ++i)
+#pragma unroll
+                for (int c = 0; c < columns_each; ++c) {
+                    filtered[i][c].r += w[c] * over_byte(from[i][c][0]);
+                    filtered[i][c].g += w[c] * over_byte(from[i][c][1]);
+                    filtered[i][c].b += w[c] * over_byte(from[i][c][2]);
+                    from[i][c] += 3;
+                }
         }
+#pragma unroll
+        for (int i = 0; i < chunk_each; ++i)
+#pragma unroll
+            for (int c = 0; c < columns_each; ++c) {
+                float* to = &line[warp + i * warps][0][lane + c * warp_size];
+                to[0] = filtered[i][c].r;
+                to[tile_x] = filtered[i][c].g;
+                to[2 * tile_x] = filtered[i][c].b;
+            }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < rows_each; ++i) {
-            const Axis axis = down[group * rows_each + i];
+            const Axis axis = down[warp * rows_each + i];
             const int stop = min2(axis.first + axis.taps, start + rows);
+#pragma unroll 1
             for (int y = max2(axis.first, start); y < stop; ++y) {
                 const float w = axis.weight(y);
                 sum_y[i] += w;
-                sums[i].r += w * line[y - start][0][column];
-                sums[i].g += w * line[y - start][1][column];
-                sums[i].b += w * line[y - start][2][column];
+#pragma unroll
+                for (int c = 0; c < columns_each; ++c) {
+                    const float* from = &line[y - start][0][lane + c * warp_size];
+                    Rgb& sum = pixels[i * columns_each + c];
+                    sum.r += w * from[0];
+                    sum.g += w * from[tile_x];
+                    sum.b += w * from[2 * tile_x];
+                }
             }
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const float normalise = 1 / sum_y[i];
-        sums[i] = {clamp01(sums[i].r * normalise), clamp01(sums[i].g * normalise),
-                   clamp01(sums[i].b * normalise)};
+    for (int i = 0; i < pixels_each; ++i) {
+        const float normalise = 1 / sum_y[i / columns_each];
+        Rgb& q = pixels[i];
+        q = {clamp01(q.r * normalise), clamp01(q.g * normalise), clamp01(q.b * normalise)};
     }
-    keep_up_to_contrast(args, job, colors, tile, sums);
+    keep_up_to_contrast<false>(args, job, colors, pixels);
 }
+
+// A row of a finished view, resized along the row to the columns of a thread.
+template <class T>
+struct ViewRow {
+    Rgb pixels[columns_each];
+
+    __device__ void read(const Planes<const T>& view, uint32_t row,
+                         const uint32_t (&near)[columns_each], const uint32_t (&far)[columns_each],
+                         const float (&weight)[columns_each]) {
+        const auto between = [&](const T* plane, int c) {
+            const float a = value_of(plane[row + near[c]]);
+            return a + weight[c] * (value_of(plane[row + far[c]]) - a);
+        };
+#pragma unroll
+        for (int c = 0; c < columns_each; ++c)
+            pixels[c] = {between(view.r, c), between(view.g, c), between(view.b, c)};
+    }
+};
 
 // From finished views. A crop of a view is never larger than a view: two taps are enough.
 template <class T>
-__global__ void __launch_bounds__(threads, 4) resize_view_kernel(const GpuRoundArgs args) {
-    __shared__ Adjustments colors;
-    // The views of one tile follow each other, so that the second finds its source in the cache.
-    const int64_t of_image = int64_t(args.tiles) * args.views_made;
-    const int64_t image = blockIdx.x / of_image, in_image = blockIdx.x % of_image;
-    const Job job = job_of(args, image * args.views_made + in_image % args.views_made);
-    const Tile tile = tile_of(args, int(in_image / args.views_made));
+__global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundArgs args) {
+    __shared__ Jitter colors;
+    const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
-    if (threadIdx.x == 0) colors = view_adjustments(p);
+    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
     __syncthreads();
-    const int64_t* stride = args.source.stride;
-    const T* corner = static_cast<const T*>(args.source.data) + int(p.source) * stride[0] +
-                      job.image * stride[1] + int(p.crop_top) * stride[3] +
-                      int(p.crop_left) * stride[4];
-    const int x = tile.x + threadIdx.x % tile_x;
-    const auto place = [](int i, float in, int out) { return (i + 0.5f) * (in / out) - 0.5f; };
-    const float x_in = place(p.flip != 0 ? args.width - 1 - x : x, p.crop_width, args.width);
-    const auto inside = [](float i, float n) { return int(min2(max2(i, 0.f), n - 1)); };
-    const int64_t near = inside(floorf(x_in), p.crop_width) * stride[4];
-    const int64_t far = inside(floorf(x_in) + 1, p.crop_width) * stride[4];
-    const float weight_x = x_in - floorf(x_in);
-    Rgb pixels[rows_each] = {};
+    const auto view = planes_of<const T>(args.source, int(p.source), job.image);
+    const uint32_t corner = view.at(int(p.crop_top), int(p.crop_left));
+    const int crop_height = int(p.crop_height), crop_width = int(p.crop_width);
+    uint32_t near[columns_each], far[columns_each];
+    float weight[columns_each];
+#pragma unroll
+    for (int c = 0; c < columns_each; ++c) {
+        const int x = min2(job.column + c * warp_size, args.width - 1);
+        const float scale = p.crop_width / args.width;
+        const float x_in = ((p.flip != 0 ? args.width - 1 - x : x) + 0.5f) * scale - 0.5f;
+        const int left = int(floorf(x_in));
+        near[c] = corner + max2(left, 0) * view.across;
+        far[c] = corner + min2(left + 1, crop_width - 1) * view.across;
+        weight[c] = x_in - left;
+    }
+    float gain[3], offset[3];
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        gain[i] = 1 / args.source.scale[i];
+        offset[i] = -args.source.shift[i] * gain[i];
+    }
+    // Neighbouring output rows often read one and the same source row: it is kept.
+    ViewRow<T> above, below;
+    int at = -9;  // the source row that `above` holds; none yet
+    Rgb pixels[pixels_each];
 #pragma unroll
     for (int i = 0; i < rows_each; ++i) {
-        const int y = tile.y + threadIdx.x / tile_x * rows_each + i;
-        if (y >= args.height || x >= args.width) continue;
-        const float y_in = place(y, p.crop_height, args.height);
-        const T* above = corner + inside(floorf(y_in), p.crop_height) * stride[3];
-        const T* below = corner + inside(floorf(y_in) + 1, p.crop_height) * stride[3];
-        const float weight_y = y_in - floorf(y_in);
-        float channel[3];
-#pragma unroll
-        for (int c = 0; c < 3; ++c) {
-            const int64_t at = c * stride[2];
-            const float a = value_of(above[at + near]), b = value_of(above[at + far]);
-            const float d = value_of(below[at + near]), e = value_of(below[at + far]);
-            const float upper = a + weight_x * (b - a), lower = d + weight_x * (e - d);
-            const float v = upper + weight_y * (lower - upper);
-            channel[c] = clamp01((v - args.source.shift[c]) / args.source.scale[c]);
+        const int y = min2(job.row + i, args.height - 1);
+        const float y_in = (y + 0.5f) * (p.crop_height / args.height) - 0.5f;
+        const int top = int(floorf(y_in));
+        if (top != at) {
+            if (top == at + 1) {
+                above = below;
+            } else {
+                above.read(view, max2(top, 0) * view.down, near, far, weight);
+            }
+            below.read(view, min2(top + 1, crop_height - 1) * view.down, near, far, weight);
+            at = top;
         }
-        pixels[i] = {channel[0], channel[1], channel[2]};
+        const float w = y_in - top;
+#pragma unroll
+        for (int c = 0; c < columns_each; ++c) {
+            const Rgb &a = above.pixels[c], &b = below.pixels[c];
+            pixels[i * columns_each + c] = {clamp01((a.r + w * (b.r - a.r)) * gain[0] + offset[0]),
+                                            clamp01((a.g + w * (b.g - a.g)) * gain[1] + offset[1]),
+                                            clamp01((a.b + w * (b.b - a.b)) * gain[2] + offset[2])};
+        }
     }
-    keep_up_to_contrast(args, job, colors, tile, pixels);
+    keep_up_to_contrast<!std::is_same_v<T, float>>(args, job, colors, pixels);
 }
 
 // -------------------------------------------------------------------------------------- the rest
 
-// What is in the scratch memory, adjusted from contrast on.
-__device__ inline Rgb from_contrast(const KeptPixels& scratch, const Job& job, int64_t at,
-                                    const Adjustments& colors, float mean, bool grayscale) {
-    const Rgb p = jitter(scratch.get(job.index, at), colors, colors.contrast_at, 4, mean);
-    const float level = grayscale ? gray(p.r, p.g, p.b) : 0;
-    return grayscale ? Rgb{level, level, level} : p;
+__device__ inline void to_gray(Rgb& p) {
+    const float level = gray(p.r, p.g, p.b);
+    p = {level, level, level};
 }
 
-// Blurs the tile's pixels and those around it: down the columns, then along the rows.
-__device__ inline void blur(Rgb (&pixels)[rows_each], uint16_t* around, const float* taps,
-                            int radius) {
-    const int across = tile_x + 2 * radius, down = tile_y + 2 * radius;
-    uint16_t* columns = around + 3 * down * across;
-    constexpr float unit = 1 / 65535.f;
-    for (int e = threadIdx.x; e < 3 * tile_y * across; e += threads) {
-        const int channel = e / (tile_y * across), at = e % (tile_y * across);
-        const uint16_t* middle = around + channel * down * across + at + radius * across;
-        float sum = taps[0] * from_bits(*middle, 1);
-        for (int k = 1; k <= radius; ++k)
-            sum += taps[k] * from_bits(middle[-k * across] + middle[k * across], 1);
-        columns[e] = uint16_t(sum + 0.5f);
+// Mirrored about the edge pixels. Places that no output reads may be far outside.
+__device__ inline int mirrored(int i, int n) {
+    int place = i < 0 ? -i : i < n ? i : 2 * n - 2 - i;
+    if (place < 0 || place >= n) place = reflect(i, n);
+    return place;
+}
+
+// The tile's pixels and those around it, adjusted from contrast on, and blurred.
+template <bool packed>
+__device__ inline void blur(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args, const Job& job,
+                            const Jitter& colors, float mean, bool grayscale, const Blur& blur,
+                            uint16_t* shared) {
+    const KeptPixels<packed> kept(args, job);
+    const BlurMemory memory(shared, blur);
+    constexpr int together = 3;  // pixels: a row of what is held, of most views
+    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+#pragma unroll 1
+    for (int y = warp; y < memory.rows; y += warps) {
+        // What is held past what is read meets taps of zero, but must be a number.
+        const bool read = y < tile_y + 2 * blur.radius;
+        const int row = mirrored(job.top - blur.radius + y, args.height);
+#pragma unroll 1
+        for (int x = lane; x < memory.width; x += together * warp_size) {
+            Rgb q[together] = {};
+            if (read) {
+#pragma unroll
+                for (int i = 0; i < together; ++i) {
+                    const int column = job.left - blur.radius + x + i * warp_size;
+                    q[i] = kept.get(row, mirrored(column, args.width));
+                }
+                adjust(q, colors, colors.contrast_at, colors.count, mean);
+                if (grayscale)
+#pragma unroll
+                    for (Rgb& its : q) to_gray(its);
+            }
+#pragma unroll
+            for (int i = 0; i < together; ++i) {
+                if (x + i * warp_size >= memory.width) continue;
+                memory.pixel(0, y, x + i * warp_size) = to_half(q[i].r - 0.5f);
+                memory.pixel(1, y, x + i * warp_size) = to_half(q[i].g - 0.5f);
+                memory.pixel(2, y, x + i * warp_size) = to_half(q[i].b - 0.5f);
+            }
+        }
     }
     __syncthreads();
+    for (int channel = 0; channel < 3; ++channel) blur_channel(memory, blur, channel);
+    const int first = (job.row - job.top) * tile_x + lane;
+    const auto blurred = [&](int channel, int i) {
+        const int at = first + i / columns_each * tile_x + i % columns_each * warp_size;
+        return from_16_bits((&memory.pixel(channel, 0, 0))[at]);
+    };
 #pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const int y = threadIdx.x / tile_x * rows_each + i;
-        float channel[3];
-#pragma unroll
-        for (int c = 0; c < 3; ++c) {
-            const uint16_t* middle =
-                columns + (c * tile_y + y) * across + radius + threadIdx.x % tile_x;
-            float sum = taps[0] * from_bits(*middle, unit);
-            for (int k = 1; k <= radius; ++k)
-                sum += taps[k] * from_bits(middle[-k] + middle[k], unit);
-            channel[c] = clamp01(sum);
-        }
-        pixels[i] = {channel[0], channel[1], channel[2]};
-    }
+    for (int i = 0; i < pixels_each; ++i) pixels[i] = {blurred(0, i), blurred(1, i), blurred(2, i)};
 }
 
-template <class T>
-__global__ void __launch_bounds__(threads, 4) finish_kernel(const GpuRoundArgs args) {
-    SPD_DYNAMIC_SHARED(uint16_t, around);
-    __shared__ Adjustments colors;
-    __shared__ float taps[most_gpu_radius + 1];
-    __shared__ int radius;
-    const Job job = job_of(args, blockIdx.x / args.tiles);
-    const Tile tile = tile_of(args, blockIdx.x % args.tiles);
+template <class T, bool packed>
+__global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs args) {
+    SPD_DYNAMIC_SHARED(uint16_t, shared);
+    __shared__ Jitter colors;
+    const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
-    const KeptPixels scratch = scratch_of(args);
-    if (threadIdx.x == 0) {
-        colors = view_adjustments(p);
-        float sum = 0;
-        const int most = blur_radius(args.height);
-        for (int k = 0; k <= most; ++k) {
-            taps[k] = p.blur_sigma > 0 ? gaussian_tap(k, p.blur_sigma) : k == 0;
-            sum += k ? 2 * taps[k] : taps[k];
-        }
-        radius = 0;
-        for (int k = 0; k <= most; ++k) {
-            taps[k] /= sum;
-            if (taps[k] >= negligible_tap) radius = k;
-        }
-    }
+    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
     float mean = 0;
-    for (int i = threadIdx.x; i < args.tiles; i += threads)
+    for (int i = threadIdx.x % warp_size; i < args.tiles; i += warp_size)
         mean += args.sums[job.index * args.tiles + i];
-    mean = block_sum(mean) / scratch.plane;
-
-    const int x = tile.x + threadIdx.x % tile_x, top = threadIdx.x / tile_x * rows_each;
+    mean = warp_sum(mean) / (args.height * args.width);
+    const Blur of_view(p.blur_sigma, args.height);
     const bool grayscale = p.grayscale != 0;
-    Rgb pixels[rows_each] = {};
-    if (radius > 0) {
-        const int across = tile_x + 2 * radius, down = tile_y + 2 * radius;
-        for (int e = threadIdx.x; e < down * across; e += threads) {
-            const int y = reflect(tile.y - radius + e / across, args.height);
-            const int at = reflect(tile.x - radius + e % across, args.width);
-            const Rgb q =
-                from_contrast(scratch, job, int64_t(y) * args.width + at, colors, mean, grayscale);
-            around[e] = uint16_t(to_bits(q.r, 65535));
-            around[down * across + e] = uint16_t(to_bits(q.g, 65535));
-            around[2 * down * across + e] = uint16_t(to_bits(q.b, 65535));
-        }
-        __syncthreads();
-        blur(pixels, around, taps, radius);
+    __syncthreads();
+
+    Rgb pixels[pixels_each] = {};
+    if (of_view.radius > 0) {
+        blur<packed>(pixels, args, job, colors, mean, grayscale, of_view, shared);
     } else {
+        const KeptPixels<packed> kept(args, job);
+        for_pixels(args, job, [&](int i, int y, int x) { pixels[i] = kept.get(y, x); });
+        adjust(pixels, colors, colors.contrast_at, colors.count, mean);
+        if (grayscale)
 #pragma unroll
-        for (int i = 0; i < rows_each; ++i)
-            if (tile.y + top + i < args.height && x < args.width)
-                pixels[i] = from_contrast(scratch, job, int64_t(tile.y + top + i) * args.width + x,
-                                          colors, mean, grayscale);
+            for (Rgb& q : pixels) to_gray(q);
     }
 
-    const GpuViews &target = args.target, &fine = args.fine;
-    const int patch_width = int(p.patch_width);
-#pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const int y = tile.y + top + i;
-        if (y >= args.height || x >= args.width) continue;
-        put_pixel(place_of<T>(target, job, y, x), target, pixels[i]);
-        if (job.view < fine.count) put_pixel(place_of<Half>(fine, job, y, x), fine, pixels[i]);
-        // The patch's source box, which `paste` may overwrite.
-        const int row = y - int(p.patch_top), column = x - int(p.patch_left);
-        if (int(p.patch_kind) != no_patch && row >= 0 && row < int(p.patch_height) && column >= 0 &&
-            column < patch_width && row * patch_width + column < args.room) {
-            float* to = args.boxes + 3 * job.index * args.room + row * patch_width + column;
-            to[0] = pixels[i].r, to[args.room] = pixels[i].g, to[2 * args.room] = pixels[i].b;
-        }
+    const auto view = planes_of<T>(args.target, job.view, job.image);
+    for_pixels(args, job,
+               [&](int i, int y, int x) { put_pixel(view, args.target, y, x, pixels[i]); });
+    if (job.view < args.fine.count) {
+        const auto fine = planes_of<Half>(args.fine, job.view, job.image);
+        for_pixels(args, job,
+                   [&](int i, int y, int x) { put_pixel(fine, args.fine, y, x, pixels[i]); });
     }
+    if (int(p.patch_kind) == no_patch) return;
+    // The patch's source box, which `paste` may overwrite.
+    const int top = int(p.patch_top), left = int(p.patch_left), width = int(p.patch_width);
+    for_pixels(args, job, [&](int i, int y, int x) {
+        const int row = y - top, column = x - left, at = row * width + column;
+        if (row < 0 || row >= int(p.patch_height) || column < 0 || column >= width ||
+            at >= args.room)
+            return;
+        float* to = args.boxes + 3 * job.index * args.room + at;
+        to[0] = pixels[i].r, to[args.room] = pixels[i].g, to[2 * args.room] = pixels[i].b;
+    });
 }
 
 // ------------------------------------------------------------------------------------- the patch
@@ -269,6 +339,7 @@ __global__ void __launch_bounds__(threads, 4) finish_kernel(const GpuRoundArgs a
 __device__ inline float alpha_along(int i, int start, int length, float sigma, int n) {
     const int radius = sigma > 0 ? alpha_radius(sigma) : 0;
     float inside = 0, total = 0;
+#pragma unroll 1
     for (int k = -radius; k <= radius; ++k) {
         const float w = radius > 0 ? gaussian_tap(k, sigma) : 1;
         const int place = reflect(i + k, n) - start;
@@ -282,25 +353,24 @@ __device__ inline float alpha_along(int i, int start, int length, float sigma, i
 template <class T>
 __global__ void __launch_bounds__(threads, 4)
     paste_kernel(const GpuRoundArgs args, const GpuViews views) {
-    __shared__ Adjustments colors;
+    __shared__ Jitter colors;
     __shared__ float a[tile_y], b[tile_x];
-    const Job job = job_of(args, blockIdx.x / args.tiles);
-    const Tile tile = tile_of(args, blockIdx.x % args.tiles);
+    const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
     const int kind = int(p.patch_kind), height = int(p.patch_height), width = int(p.patch_width);
     const int top = int(p.target_top), left = int(p.target_left);
     const float sigma_y = kind == smooth_blend ? p.alpha_sigma_y : 0;
     const float sigma_x = kind == smooth_blend ? p.alpha_sigma_x : 0;
     const int reach_y = alpha_radius(sigma_y), reach_x = alpha_radius(sigma_x);
-    if (kind == no_patch || job.view >= views.count || tile.y >= top + height + reach_y ||
-        tile.y + tile_y <= top - reach_y || tile.x >= left + width + reach_x ||
-        tile.x + tile_x <= left - reach_x)
+    if (kind == no_patch || job.view >= views.count || job.top >= top + height + reach_y ||
+        job.top + tile_y <= top - reach_y || job.left >= left + width + reach_x ||
+        job.left + tile_x <= left - reach_x)
         return;  // all threads of the block
-    if (threadIdx.x == 0) colors = patch_adjustments(p);
+    if (threadIdx.x == 0) set_jitter_of_patch(colors, p);
     if (threadIdx.x < tile_y)
-        a[threadIdx.x] = alpha_along(tile.y + threadIdx.x, top, height, sigma_y, args.height);
+        a[threadIdx.x] = alpha_along(job.top + threadIdx.x, top, height, sigma_y, args.height);
     if (threadIdx.x < tile_x)
-        b[threadIdx.x] = alpha_along(tile.x + threadIdx.x, left, width, sigma_x, args.width);
+        b[threadIdx.x] = alpha_along(job.left + threadIdx.x, left, width, sigma_x, args.width);
     __syncthreads();
 
     const float* box = args.boxes + 3 * job.index * args.room;
@@ -309,71 +379,96 @@ __global__ void __launch_bounds__(threads, 4)
     };
     const int area = min2(height * width, args.room);
     float mean = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < area; i += threads) {
-        const Rgb q = jitter(pixel(i), colors, 0, colors.contrast_at, 0);
-        mean += gray(q.r, q.g, q.b);
+        Rgb q[1] = {pixel(i)};
+        adjust(q, colors, 0, colors.contrast_at, 0);
+        mean += gray(q[0].r, q[0].g, q[0].b);
     }
     mean = block_sum(mean) / area;
 
-    const int column = threadIdx.x % tile_x, x = tile.x + column;
+    Rgb patch[pixels_each] = {};
+    const auto for_all = [&](const auto& f) {
+        for_pixels(args, job, [&](int i, int y, int x) {
+            const int row = y - top, column = x - left, at = row * width + column;
+            const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+            f(i, y, x, inside && at < args.room ? at : -1);
+        });
+    };
+    for_all([&](int i, int, int, int at) {
+        if (at >= 0) patch[i] = pixel(at);
+    });
+    adjust(patch, colors, 0, colors.count, mean);
+    const auto view = planes_of<T>(views, job.view, job.image);
+    for_all([&](int i, int y, int x, int at) {
+        const float alpha = a[y - job.top] * b[x - job.left];
+        const float channel[3] = {patch[i].r, patch[i].g, patch[i].b};
+        T* to[3] = {view.r + view.at(y, x), view.g + view.at(y, x), view.b + view.at(y, x)};
 #pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const int row = threadIdx.x / tile_x * rows_each + i, y = tile.y + row;
-        if (y >= args.height || x >= args.width) continue;
-        const float alpha = a[row] * b[column];
-        const int patch_y = y - top, patch_x = x - left, at = patch_y * width + patch_x;
-        const bool inside = patch_y >= 0 && patch_y < height && patch_x >= 0 && patch_x < width;
-        Rgb q{0, 0, 0};
-        if (inside && at < args.room) q = jitter(pixel(at), colors, 0, 4, mean);
-        T* to = place_of<T>(views, job, y, x);
-        const float channel[3] = {q.r, q.g, q.b};
-#pragma unroll
-        for (int c = 0; c < 3; ++c, to += views.stride[2]) {
-            const float before = (value_of(*to) - views.shift[c]) / views.scale[c];
-            const float after = (1 - alpha) * before + alpha * channel[c];
-            put(to, after * views.scale[c] + views.shift[c]);
+        for (int c = 0; c < 3; ++c) {
+            const float before = (value_of(*to[c]) - views.shift[c]) / views.scale[c];
+            const float after = (1 - alpha) * before + (at < 0 ? 0 : alpha * channel[c]);
+            put(to[c], after * views.scale[c] + views.shift[c]);
         }
-    }
+    });
 }
 
 // ------------------------------------------------------------------------------------- launching
 
-template <class T>
-void paste(const GpuRoundArgs& args, const GpuViews& views) {
-    const dim3 blocks(args.n_images * args.views_made * args.tiles);
-    SPD_LAUNCH(paste_kernel<T>, blocks, dim3(threads), 0, static_cast<cudaStream_t>(args.stream),
-               args, views);
+// Calls f(args, blocks) for as many views at a time as an axis of a launch can have.
+template <class F>
+void for_jobs(GpuRoundArgs args, const F& f) {
+    constexpr int most = 65535;
+    const int64_t jobs = int64_t(args.n_images) * args.views_made;
+    for (args.first_job = 0; args.first_job < jobs; args.first_job += most)
+        f(args, dim3((args.width + tile_x - 1) / tile_x, (args.height + tile_y - 1) / tile_y,
+                     min2<int64_t>(most, jobs - args.first_job)));
+}
+
+template <class T, bool packed>
+void finish(const GpuRoundArgs& all) {
+    const int radius = blur_radius(all.height);
+    const size_t shared = radius ? BlurMemory::bytes(radius) : 0;
+    for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
+        SPD_LAUNCH((finish_kernel<T, packed>), blocks, dim3(threads), shared,
+                   static_cast<cudaStream_t>(args.stream), args);
+    });
 }
 
 template <class T>
-void finish(const GpuRoundArgs& args) {
-    const dim3 blocks(args.n_images * args.views_made * args.tiles);
-    const size_t radius = blur_radius(args.height), across = tile_x + 2 * radius;
-    const size_t around = 3 * (tile_y + 2 * radius + tile_y) * across * sizeof(uint16_t);
-    SPD_LAUNCH(finish_kernel<T>, blocks, dim3(threads), radius ? around : 0,
-               static_cast<cudaStream_t>(args.stream), args);
+void paste(const GpuRoundArgs& all, const GpuViews& views) {
+    for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
+        SPD_LAUNCH(paste_kernel<T>, blocks, dim3(threads), 0,
+                   static_cast<cudaStream_t>(args.stream), args, views);
+    });
+}
+
+template <class T>
+void finish_and_paste(const GpuRoundArgs& args) {
+    args.packed ? finish<T, true>(args) : finish<T, false>(args);
     if (args.room) paste<T>(args, args.target);
 }
 
 }  // namespace
 
-void augment_round_cuda(const GpuRoundArgs& args) {
-    const dim3 blocks(args.n_images * args.views_made * args.tiles);
-    const auto stream = static_cast<cudaStream_t>(args.stream);
-    if (args.from_images) {
-        SPD_LAUNCH(resize_kernel, blocks, dim3(threads), 0, stream, args);
-    } else if (args.source.dtype == DType::float32) {
-        SPD_LAUNCH(resize_view_kernel<float>, blocks, dim3(threads), 0, stream, args);
-    } else {
-        SPD_LAUNCH(resize_view_kernel<Half>, blocks, dim3(threads), 0, stream, args);
+void augment_round_cuda(const GpuRoundArgs& all) {
+    for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
+        const auto stream = static_cast<cudaStream_t>(args.stream);
+        if (args.from_images) {
+            SPD_LAUNCH(resize_kernel, blocks, dim3(threads), 0, stream, args);
+        } else if (args.packed) {
+            SPD_LAUNCH(resize_view_kernel<Half>, blocks, dim3(threads), 0, stream, args);
+        } else {
+            SPD_LAUNCH(resize_view_kernel<float>, blocks, dim3(threads), 0, stream, args);
+        }
+    });
+    switch (all.target.dtype) {
+        case DType::float32: finish_and_paste<float>(all); break;
+        case DType::float16: finish_and_paste<Half>(all); break;
+        case DType::bfloat16: finish_and_paste<Bfloat>(all); break;
+        case DType::uint8: finish_and_paste<uint8_t>(all); break;
     }
-    switch (args.target.dtype) {
-        case DType::float32: finish<float>(args); break;
-        case DType::float16: finish<Half>(args); break;
-        case DType::bfloat16: finish<Bfloat>(args); break;
-        case DType::uint8: finish<uint8_t>(args); break;
-    }
-    if (args.room && args.paste_fine) paste<Half>(args, args.fine);
+    if (all.room && all.paste_fine) paste<Half>(all, all.fine);
 }
 
 }  // namespace spd

@@ -51,9 +51,9 @@ struct AugmentArgs {
     }
 
 // On a GPU, one round: views whose sources exist. Pointers are the device's.
-constexpr int view_tile_y = 16, view_tile_x = 64;  // pixels that a block makes
+constexpr int view_tile_y = 32, view_tile_x = 64;  // pixels that a block makes
 constexpr int most_views = 16;
-constexpr int most_gpu_radius = 21;  // of the blur, whose tile and surroundings fit into 48 KB
+constexpr int most_gpu_radius = 16;  // of the blur, whose tile and surroundings fit into 48 KB
 struct GpuViews {
     void* data;  // (views, images, 3, height, width)
     DType dtype;
@@ -67,6 +67,7 @@ struct GpuRoundArgs {
     const int64_t* images;     // (images, 3): where an image begins in pixels, height, width
     const ViewParams* params;  // (images, views)
     int n_images, views, height, width, tiles;
+    int64_t first_job;  // of this launch: set by augment_round_cuda
     bool from_images;
     GpuViews source;  // unless from_images
     GpuViews target;

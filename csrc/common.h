@@ -29,6 +29,21 @@ template <class T>
 SPD_HD static inline T max2(T a, T b) {
     return a > b ? a : b;
 }
+// A GPU has one instruction for each; they differ where a number is NaN.
+SPD_HD static inline float min2(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fminf(a, b);
+#else
+    return a < b ? a : b;
+#endif
+}
+SPD_HD static inline float max2(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return fmaxf(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
 SPD_HD static inline float clamp01(float v) { return min2(max2(v, 0.f), 1.f); }
 
 SPD_HD static inline uint32_t bits_of(float f) {

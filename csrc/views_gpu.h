@@ -8,19 +8,51 @@
 namespace spd {
 namespace {
 
+// A block makes a tile of one view. Each of its warps makes a few rows of the tile, and a thread
+// of it the same columns of each: what depends on the row is then the same for the whole warp.
 constexpr int tile_y = view_tile_y, tile_x = view_tile_x, threads = 256;
-constexpr int groups = threads / tile_x;    // of threads of one row
-constexpr int rows_each = tile_y / groups;  // output rows of a thread, one below the other
+constexpr int warps = threads / warp_size;
+constexpr int rows_each = tile_y / warps, columns_each = tile_x / warp_size;
+constexpr int pixels_each = rows_each * columns_each;
 
 struct Job {
     int64_t index;
     int image, view;
+    int top, left;    // the tile's first pixel
+    int row, column;  // the thread's first pixel
 };
 
-__device__ inline Job job_of(const GpuRoundArgs& args, int64_t index) {
-    const int image = int(index / args.views_made);
-    return {index, image, args.view[index % args.views_made]};
+__device__ inline Job job_of(const GpuRoundArgs& args) {
+    const unsigned index = args.first_job + blockIdx.z, image = index / unsigned(args.views_made);
+    const int top = blockIdx.y * tile_y, left = blockIdx.x * tile_x;
+    return {index,
+            int(image),
+            args.view[index - image * args.views_made],
+            top,
+            left,
+            top + int(threadIdx.x) / warp_size * rows_each,
+            left + int(threadIdx.x) % warp_size};
 }
+
+// Calls f(which, y, x) for those of a thread's pixels that are inside the view.
+template <class F>
+__device__ inline void for_pixels(const GpuRoundArgs& args, const Job& job, const F& f) {
+#pragma unroll
+    for (int i = 0; i < pixels_each; ++i) {
+        const int y = job.row + i / columns_each, x = job.column + i % columns_each * warp_size;
+        if (y < args.height && x < args.width) f(i, y, x);
+    }
+}
+
+// The three planes of a view, or of what is kept of one. Offsets in a plane fit into 32 bits, and
+// take fewer instructions than addresses do.
+template <class T>
+struct Planes {
+    T *r, *g, *b;
+    int down, across;  // from row to row and column to column, in elements
+
+    __device__ uint32_t at(int y, int x) const { return uint32_t(y) * down + uint32_t(x) * across; }
+};
 
 __device__ inline const ViewParams& row_of(const GpuRoundArgs& args, const Job& job) {
     return args.params[int64_t(job.image) * args.views + job.view];
@@ -35,146 +67,164 @@ __device__ inline void put(uint8_t* to, float v) {
     *to = uint8_t(int(min2(max2(v, 0.f), 255.f) + 0.5f));
 }
 
-// bits / most for bits < 2^23: they become the mantissa of 2^23 + bits, since converting integers
-// takes four times as long as adding floats.
-__device__ inline float from_bits(uint32_t bits, float unit) {
-    return (float_of(bits | 0x4b000000) - 8388608.f) * unit;
+// 2^15 + the byte.
+__device__ inline float over_byte(uint8_t byte) { return float_of(byte * 256u + 0x47000000); }
+
+// Bits < 2^23 become the mantissa of 2^23 + bits, and back: converting integers takes four times as
+// long as adding floats.
+constexpr float two_23 = 8388608.f;
+__device__ inline float from_bits(uint32_t bits) { return float_of(bits | 0x4b000000) - two_23; }
+__device__ inline uint32_t to_bits(float v, float most) {
+    return bits_of(v * most + two_23) & 0x7fffff;
 }
 
-__device__ inline uint32_t to_bits(float v, int most) { return uint32_t(v * most + 0.5f); }
+// Of values in [0, 1]. As the most is a power of two, one multiplication and addition is exact.
+constexpr float most_16 = 32768;
+__device__ inline uint16_t to_16_bits(float v) { return uint16_t(bits_of(v * most_16 + two_23)); }
+__device__ inline float from_16_bits(uint16_t bits) {
+    return float_of(bits | 0x4b000000) * (1 / most_16) - two_23 / most_16;
+}
 
+// The views of a round between launches: three planes of 16 bits, or packed into 11, 11 and 10.
+template <bool packed>
 struct KeptPixels {
-    void* data;
-    int64_t plane;
-    bool packed;
+    Planes<uint16_t> planes;
+    uint32_t* pixels;
 
-    __device__ void put(int64_t job, int64_t at, Rgb p) const {
-        if (packed) {
-            static_cast<uint32_t*>(data)[job * plane + at] =
-                to_bits(p.r, 2047) | to_bits(p.g, 2047) << 11 | to_bits(p.b, 1023) << 22;
+    __device__ KeptPixels(const GpuRoundArgs& args, const Job& job) {
+        const int64_t plane = int64_t(args.height) * args.width;
+        auto* first = static_cast<uint16_t*>(args.scratch) + job.index * plane * (packed ? 2 : 3);
+        planes = {first, first + plane, first + 2 * plane, args.width, 1};
+        pixels = reinterpret_cast<uint32_t*>(first);
+    }
+    __device__ void put(int y, int x, const Rgb& p) const {
+        const uint32_t at = planes.at(y, x);
+        if constexpr (packed) {
+            pixels[at] = to_bits(p.r, 2047) | to_bits(p.g, 2047) << 11 | to_bits(p.b, 1023) << 22;
         } else {
-            uint16_t* to = static_cast<uint16_t*>(data) + 3 * job * plane + at;
-            to[0] = uint16_t(to_bits(p.r, 65535));
-            to[plane] = uint16_t(to_bits(p.g, 65535));
-            to[2 * plane] = uint16_t(to_bits(p.b, 65535));
+            planes.r[at] = to_16_bits(p.r);
+            planes.g[at] = to_16_bits(p.g);
+            planes.b[at] = to_16_bits(p.b);
         }
     }
-    __device__ Rgb get(int64_t job, int64_t at) const {
-        if (packed) {
-            const uint32_t bits = static_cast<const uint32_t*>(data)[job * plane + at];
-            return {from_bits(bits & 2047, 1 / 2047.f), from_bits(bits >> 11 & 2047, 1 / 2047.f),
-                    from_bits(bits >> 22, 1 / 1023.f)};
+    __device__ Rgb get(int y, int x) const {
+        const uint32_t at = planes.at(y, x);
+        if constexpr (packed) {
+            const uint32_t bits = pixels[at];
+            return {from_bits(bits & 2047) * (1 / 2047.f),
+                    from_bits(bits >> 11 & 2047) * (1 / 2047.f),
+                    from_bits(bits >> 22) * (1 / 1023.f)};
+        } else {
+            return {from_16_bits(planes.r[at]), from_16_bits(planes.g[at]),
+                    from_16_bits(planes.b[at])};
         }
-        const uint16_t* from = static_cast<const uint16_t*>(data) + 3 * job * plane + at;
-        constexpr float unit = 1 / 65535.f;
-        return {from_bits(from[0], unit), from_bits(from[plane], unit),
-                from_bits(from[2 * plane], unit)};
     }
 };
 
-__device__ inline KeptPixels scratch_of(const GpuRoundArgs& args) {
-    return {args.scratch, int64_t(args.height) * args.width, args.packed};
+// A view of one image.
+template <class T>
+__device__ inline Planes<T> planes_of(const GpuViews& views, int view, int image) {
+    const int64_t* stride = views.stride;
+    T* first = static_cast<T*>(views.data) + view * stride[0] + image * stride[1];
+    return {first, first + stride[2], first + 2 * stride[2], int(stride[3]), int(stride[4])};
 }
 
 template <class T>
-__device__ inline T* place_of(const GpuViews& views, const Job& job, int y, int x) {
-    return static_cast<T*>(views.data) + job.view * views.stride[0] + job.image * views.stride[1] +
-           y * views.stride[3] + x * views.stride[4];
-}
-
-template <class T>
-__device__ inline void put_pixel(T* to, const GpuViews& views, Rgb p) {
-    put(to, p.r * views.scale[0] + views.shift[0]);
-    put(to + views.stride[2], p.g * views.scale[1] + views.shift[1]);
-    put(to + 2 * views.stride[2], p.b * views.scale[2] + views.shift[2]);
+__device__ inline void put_pixel(const Planes<T>& view, const GpuViews& views, int y, int x,
+                                 const Rgb& p) {
+    const uint32_t at = view.at(y, x);
+    put(view.r + at, p.r * views.scale[0] + views.shift[0]);
+    put(view.g + at, p.g * views.scale[1] + views.shift[1]);
+    put(view.b + at, p.b * views.scale[2] + views.shift[2]);
 }
 
 // --------------------------------------------------------------------------------------- colours
 
-// What a jitter does, worked out once for a block.
-struct Adjustments {
-    int ops[4], contrast_at;
-    float factor[3];  // of brightness, contrast and saturation
-    float sixths;     // of a circle, in [0, 6): the hue's
+// The adjustments of a jitter that change anything, in their order; worked out once for a block.
+struct Jitter {
+    int count, contrast_at;  // steps; the one at which the mean gray is needed
+    int op[4];               // 0 brightness, 1 contrast, 2 saturation, 3 hue
+    float amount[4];         // a factor; of hue sixths of a circle, in [0, 6)
 };
 
-__device__ inline Adjustments adjustments_of(float order, float brightness, float contrast,
-                                             float saturation, float hue) {
-    Adjustments a{{}, 0, {brightness, contrast, saturation}, 6 * (hue - floorf(hue))};
+__device__ inline void set_jitter(Jitter& j, float order, float brightness, float contrast,
+                                  float saturation, float hue) {
+    j.count = 0;
     for (int step = 0; step < 4; ++step) {
-        a.ops[step] = jitter_op(int(order), step);
-        if (a.ops[step] == 1) a.contrast_at = step;
+        const int op = jitter_op(int(order), step);
+        const float factor = op == 0 ? brightness : op == 1 ? contrast : saturation;
+        const float amount = op == 3 ? 6 * (hue - floorf(hue)) : factor;
+        if (op == 1) j.contrast_at = j.count;
+        if (amount == (op == 3 ? 0 : 1)) continue;
+        j.op[j.count] = op;
+        j.amount[j.count++] = amount;
     }
-    return a;
 }
 
-__device__ inline Adjustments view_adjustments(const ViewParams& p) {
-    return adjustments_of(p.jitter_order, p.brightness, p.contrast, p.saturation, p.hue);
+__device__ inline void set_jitter_of_view(Jitter& j, const ViewParams& p) {
+    set_jitter(j, p.jitter_order, p.brightness, p.contrast, p.saturation, p.hue);
 }
 
-__device__ inline Adjustments patch_adjustments(const ViewParams& p) {
-    return adjustments_of(p.patch_jitter_order, p.patch_brightness, p.patch_contrast,
-                          p.patch_saturation, p.patch_hue);
+__device__ inline void set_jitter_of_patch(Jitter& j, const ViewParams& p) {
+    set_jitter(j, p.patch_jitter_order, p.patch_brightness, p.patch_contrast, p.patch_saturation,
+               p.patch_hue);
 }
 
-// Steps first..last-1; all threads take the same branches.
-__device__ inline Rgb jitter(Rgb p, const Adjustments& a, int first, int last, float mean) {
+// Steps first..last-1 on some pixels at once; all threads take the same branches.
+template <int n>
+__device__ inline void adjust(Rgb (&pixels)[n], const Jitter& j, int first, int last, float mean) {
+#pragma unroll 1
     for (int step = first; step < last; ++step) {
-        const int op = a.ops[step];
+        const int op = j.op[step];
+        const float amount = j.amount[step];
         if (op == 3) {
-            if (a.sixths != 0) p = adjust_hue(p, a.sixths);
-            continue;
-        }
-        const float factor = a.factor[op];
-        if (factor == 1) continue;
-        if (op == 2) {
-            p = adjust_saturation(p, factor);
+#pragma unroll
+            for (Rgb& p : pixels) p = adjust_hue(p, amount);
+        } else if (op == 2) {
+#pragma unroll
+            for (Rgb& p : pixels) p = adjust_saturation(p, amount);
         } else {
-            const float rest = op == 1 ? (1 - factor) * mean : 0;
-            p = {adjust_contrast(p.r, factor, rest), adjust_contrast(p.g, factor, rest),
-                 adjust_contrast(p.b, factor, rest)};
+            const float rest = op == 1 ? (1 - amount) * mean : 0;
+#pragma unroll
+            for (Rgb& p : pixels)
+                p = {adjust_contrast(p.r, amount, rest), adjust_contrast(p.g, amount, rest),
+                     adjust_contrast(p.b, amount, rest)};
         }
     }
-    return p;
 }
 
-// Sum over the block, in an order that is always the same.
-__device__ inline float block_sum(float v) {
-    __shared__ float part[threads / warp_size];
+// Sums over a warp and over a block, in an order that is always the same.
+__device__ inline float warp_sum(float v) {
+#pragma unroll
     for (int bit = warp_size / 2; bit > 0; bit /= 2) v += __shfl_xor_sync(all_lanes, v, bit);
+    return v;
+}
+
+__device__ inline float block_sum(float v) {
+    __shared__ float part[warps];
+    v = warp_sum(v);
     if (threadIdx.x % warp_size == 0) part[threadIdx.x / warp_size] = v;
     __syncthreads();
     float sum = 0;
-    for (int warp = 0; warp < threads / warp_size; ++warp) sum += part[warp];
+#pragma unroll
+    for (float its : part) sum += its;
     return sum;
 }
 
-struct Tile {
-    int number, y, x;  // its first pixel
-};
-
-__device__ inline Tile tile_of(const GpuRoundArgs& args, int number) {
-    const int across = (args.width + tile_x - 1) / tile_x;
-    return {number, number / across * tile_y, number % across * tile_x};
-}
-
 // Adjusts a thread's pixels up to contrast, keeps them, and leaves the tile's sum of gray.
+template <bool packed>
 __device__ inline void keep_up_to_contrast(const GpuRoundArgs& args, const Job& job,
-                                           const Adjustments& colors, const Tile& tile,
-                                           const Rgb (&pixels)[rows_each]) {
-    const KeptPixels scratch = scratch_of(args);
-    const int x = tile.x + threadIdx.x % tile_x;
+                                           const Jitter& colors, Rgb (&pixels)[pixels_each]) {
+    const KeptPixels<packed> kept(args, job);
+    adjust(pixels, colors, 0, colors.contrast_at, 0);
     float sum = 0;
-#pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const int y = tile.y + threadIdx.x / tile_x * rows_each + i;
-        if (y >= args.height || x >= args.width) continue;
-        const Rgb p = jitter(pixels[i], colors, 0, colors.contrast_at, 0);
-        scratch.put(job.index, int64_t(y) * args.width + x, p);
-        sum += gray(p.r, p.g, p.b);
-    }
+    for_pixels(args, job, [&](int i, int y, int x) {
+        kept.put(y, x, pixels[i]);
+        sum += gray(pixels[i].r, pixels[i].g, pixels[i].b);
+    });
     sum = block_sum(sum);
-    if (threadIdx.x == 0) args.sums[job.index * args.tiles + tile.number] = sum;
+    if (threadIdx.x == 0)
+        args.sums[job.index * args.tiles + blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
 }  // namespace

@@ -32,7 +32,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ALPHA_SIGMA = 1e4  # pixels; the kernel has 4 sigma taps on either side
 MAX_SIDE = 1 << 24  # whole numbers are exact in the float32 table up to here
 # What csrc/augment_views.cu takes: a tile and what its blur reads fit into 48 KB.
-CUDA_VIEWS, CUDA_HEIGHT = 16, 439
+CUDA_VIEWS, CUDA_HEIGHT = 16, 339
+CUDA_TILE, TRITON_TILE = (32, 64), (16, 64)  # of a view, made by one block or program
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 Image = np.ndarray | Tensor
@@ -365,7 +366,8 @@ def _triton_reasons(buffers, layout, params, out) -> list[str]:
 
 
 def _run_cuda(buffers, layout, params, out, mean, std, threads) -> None:
-    make_views(_make_round_in_cuda, buffers, layout, params, out, *_stored(out, mean, std))
+    stored = _stored(out, mean, std)
+    make_views(_make_round_in_cuda, buffers, layout, params, out, *stored, CUDA_TILE)
 
 
 def _make_round_in_cuda(work: Round) -> None:
@@ -396,7 +398,8 @@ def _make_round_in_cuda(work: Round) -> None:
 def _run_triton(buffers, layout, params, out, mean, std, threads) -> None:
     from spd_fast.kernels.augment_views import make_round  # imports triton, which takes a while
 
-    make_views(make_round, buffers, layout, params, out, *_stored(out, mean, std))
+    stored = _stored(out, mean, std)
+    make_views(make_round, buffers, layout, params, out, *stored, TRITON_TILE)
 
 
 def _stored(out: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[tuple, tuple]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from spd_fast.views import COLUMN
 
-TILE = (16, 64)  # pixels of a view that a block of threads, or a program, makes
 LEAST_ROOM = 1024  # pixels; powers of two from here on, so that few kernels are compiled
 _captured: list[Tensor] = []  # tables that captured graphs read again at every replay
 
@@ -53,8 +52,10 @@ def make_views(
     out: Tensor,
     scales: tuple[float, float, float],
     shifts: tuple[float, float, float],
+    tile: tuple[int, int],
 ) -> None:
-    """Fill `out` round by round; arguments as `spd_fast.augment_views` has checked them.
+    """Fill `out` round by round; arguments as `spd_fast.augment_views` has checked them. `tile`:
+    height and width of what a block of threads, or a program, makes of a view.
 
     Nothing waits for the GPU. A captured graph reads `params` again at every replay if it is
     contiguous and in pinned memory, else the table as it was.
@@ -65,7 +66,7 @@ def make_views(
     images[:, 0] += (starts - starts[0])[layout[:, 0]]
     groups, sources = groups_of(params)
     _, n, _, height, width = out.shape
-    tiles = -(-height // TILE[0]) * -(-width // TILE[1])
+    tiles = -(-height // tile[0]) * -(-width // tile[1])
     target = Stored(out, scales, shifts)
     # 8 bits are too few to make further views from: then the first views, up to the last that is a
     # source, are also stored in 16.

@@ -273,6 +273,14 @@ template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {
     return on_cpu::value_of_lane(mask, value, source);
 }
+inline unsigned __ballot_sync(unsigned mask, bool holds) {
+    const uint64_t* all = on_cpu::bring(mask, holds);
+    unsigned found = 0;
+    for (unsigned lane = 0; lane < on_cpu::warp; ++lane)
+        found |= unsigned(mask >> lane & all[lane] & 1) << lane;
+    return found;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return on_cpu::value_of_lane(mask, value, on_cpu::lane() ^ bits);
@@ -281,6 +289,32 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by) {  // past the end: the lane's own
     const unsigned source = on_cpu::lane() + by;
     return on_cpu::value_of_lane(mask, value, source < on_cpu::warp ? source : on_cpu::lane());
+}
+
+// See csrc/cuda.h.
+inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    uint32_t brought[6][on_cpu::warp];
+    for (int i = 0; i < 6; ++i) {
+        const uint64_t* all = on_cpu::bring(~0u, i < 4 ? a[i] : b[i - 4]);
+        std::copy(all, all + on_cpu::warp, brought[i]);
+    }
+    // Each 32-bit word holds two neighbours along k, the low one first.
+    const auto half = [&](int i, int lane, int k) {
+        const uint32_t h = brought[i][lane] >> (k % 2 * 16) & 0xffff;
+        const int exponent = h >> 10 & 31, mantissa = h & 1023;
+        const float v = exponent ? std::ldexp(1024.f + mantissa, exponent - 25)
+                                 : std::ldexp(float(mantissa), -24);
+        return h >> 15 ? -v : v;
+    };
+    const int lane = int(on_cpu::lane());
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const int member = k % 8 / 2;
+            c[i] += half(row / 8 + k / 8 * 2, row % 8 * 4 + member, k) *
+                    half(4 + k / 8, column * 4 + member, k);
+        }
+    }
 }
 
 #define SPD_LAUNCH(kernel, grid, threads, shared, stream, ...) \
