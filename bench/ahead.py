@@ -31,19 +31,19 @@ class Compiled:
         self.grid = grid
         self.threads = 32 * kernel.metadata.num_warps
         self.shared = kernel.metadata.shared  # bytes a block
-        self._binary = kernel.asm["cubin"]
+        self.binary = kernel.asm["cubin"]
 
     @cached_property
     def resources(self) -> dict[str, int]:
         """`registers` a thread and bytes of its `stack`."""
-        text = _run("cuobjdump", "--dump-resource-usage", binary=self._binary)
+        text = _run("cuobjdump", "--dump-resource-usage", binary=self.binary)
         (registers,), (stack,) = re.findall(r"REG:(\d+)", text), re.findall(r"STACK:(\d+)", text)
         return {"registers": int(registers), "stack": int(stack)}
 
     @cached_property
     def instructions(self) -> list[str]:
         """Of the machine code, with their addresses."""
-        text = _run("nvdisasm", "-c", binary=self._binary)
+        text = _run("nvdisasm", "-c", binary=self.binary)
         return [
             line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)
         ]

@@ -45,16 +45,16 @@ def triton_launches() -> dict[str, Callable[[], object]]:
     """By what tells kernels of one name apart; on `meta` tensors."""
     orders = {"NCHW": False, "NHWC": True}
     found = {
-        f"{dtype}, {batch} images, {order}": partial(_distances, dtype, batch, channels_last)
+        f"{dtype}, {batch} images, {order}": partial(launch_distances, dtype, batch, channels_last)
         for dtype, batch in product(DTYPES, (16, 32))
         for order, channels_last in orders.items()
     }
     for dtype, order in VIEWS:
-        found[f"views {dtype}, {order}"] = partial(_views, dtype, orders[order])
+        found[f"views {dtype}, {order}"] = partial(launch_views, dtype, orders[order])
     return found
 
 
-def _views(dtype: str, channels_last: bool) -> None:
+def launch_views(dtype: str, channels_last: bool) -> None:
     """Four views of 256 photographs."""
     n, height, width = 256, 375, 500
     params = sample_view_params(recipes.simsiam(), [(height, width)] * n, range(n), 0, 0)
@@ -67,7 +67,7 @@ def _views(dtype: str, channels_last: bool) -> None:
     make_views(augment_views.make_round, [pixels], layout, params, out, *scales, TRITON_TILE)
 
 
-def _distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:
+def launch_distances(dtype: str, batch: int, channels_last: bool) -> torch.Tensor:
     layers = [torch.empty(batch, c, s, s, device="meta") for c, s in LAYERS]
     if channels_last:
         layers = [layer.to(memory_format=torch.channels_last) for layer in layers]

@@ -7,11 +7,12 @@ taken, is looked up by the text of the source line that it comes from.
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from ahead import TOOLS
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def kernels_of(binary: Path) -> dict[str, list[Instruction]]:
             labels.append(line.rstrip(":"))
         elif location := LOCATION.match(line):
             lines = lines if inlined else []
-            lines.append((Path(location[1]).name, int(location[2])))
+            lines.append((location[1], int(location[2])))
             inlined = location[3] is not None
         elif instruction := INSTRUCTION.match(line):
             guard, name, operands = instruction.groups()
@@ -87,13 +88,9 @@ def executed(kernel: list[Instruction], times: Callable[[str], float | None]) ->
     loops, reached = _loops(after)
     weight = [float(block in reached) for block in range(len(blocks))]
     lines = {head: kernel[blocks[max(ends)].stop - 1].lines for head, (_, ends) in loops.items()}
-    length = {
-        head: sum(len(blocks[block]) for block in body) for head, (body, _) in loops.items()
-    }
+    length = {head: sum(len(blocks[block]) for block in body) for head, (body, _) in loops.items()}
     for head, (body, _) in loops.items():
-        turns = times(source(lines[head][0]))
-        if turns is None:
-            raise LookupError(f"no number of turns for {lines[head][0]}: {source(lines[head][0])}")
+        turns = _turns(lines[head], times)
         copies = [length[other] for other in loops if lines[other] == lines[head]]
         for block in body:
             weight[block] *= turns if length[head] < UNROLLED * min(copies) else 0
@@ -101,11 +98,10 @@ def executed(kernel: list[Instruction], times: Callable[[str], float | None]) ->
     for block, of_block in zip(blocks, weight):
         if any(kernel[i].name.startswith("CALL") for i in block):
             continue  # divisions that do not fit into 32 bits, and the like
+        # One for all of them: compilers attribute a few to lines that they were moved from.
+        shares = sorted((_share(kernel[i].lines, times) for i in block), key=np.mean)
         for i in block:
-            share = of_block
-            for place in kernel[i].lines:
-                share *= _share(place, times)
-            total[kernel[i].pipe] += share
+            total[kernel[i].pipe] += of_block * shares[len(shares) // 2]
     return total
 
 
@@ -167,12 +163,33 @@ def source(place: tuple[str, int]) -> str:
     return _text(name)[line - 1].strip()
 
 
-def _share(place: tuple[str, int], times: Callable[[str], float | None]) -> float:
+def _turns(places: tuple[tuple[str, int], ...], times: Callable[[str], float | None]) -> float:
+    """Of the loop that ends there: that of the line itself, or else the innermost around it."""
+    for name, line in places:
+        text = _text(name)
+        for header in (text[line - 1].strip(), *_headers_around(name, line)):
+            if header.startswith(("for", "while")) and (known := times(header)) is not None:
+                return known
+    raise LookupError(f"no number of turns for a loop that ends at {places}: {source(places[0])}")
+
+
+def _headers_around(name: str, line: int) -> Iterator[str]:
+    """The lines that a line is indented under, from the innermost."""
+    text = _text(name)
+    indent = _indent(text[line - 1])
+    for above in reversed(text[: line - 1]):
+        if above.strip() and not above.startswith("#") and _indent(above) < indent:
+            indent = _indent(above)
+            yield above.strip()
+
+
+def _share(places: tuple[tuple[str, int], ...], times: Callable[[str], float | None]) -> float:
     share = 1.0
-    for header, otherwise in _branches_around(*place):
-        known = times(header)
-        if known is not None:
-            share *= 1 - known if otherwise else known
+    for place in places:
+        for header, otherwise in _branches_around(*place):
+            known = times(header)
+            if known is not None:
+                share = share * (1 - known if otherwise else known)
     return share
 
 
@@ -181,32 +198,36 @@ def _branches_around(name: str, line: int) -> list[tuple[str, bool]]:
     """The conditions under which a line is reached, and whether they must not hold."""
     text = _text(name)
     found = []
-    header = text[line - 1].strip()
-    if header.startswith("if") and header.endswith(";"):
-        found.append((header, False))
-    indent = _indent(text[line - 1])
-    for above in range(line - 2, -1, -1):
-        header = text[above].strip()
-        if not header or header.startswith("#") or _indent(text[above]) > indent:
+    here = text[line - 1].strip()
+    if here.startswith("if") and here.endswith(";"):
+        found.append((here, False))
+    indent, chain = _indent(text[line - 1]), False
+    for number in range(line - 2, -1, -1):
+        header = text[number].strip()
+        if not header or header.startswith("#") or _indent(text[number]) > indent:
             continue
         words = header.lstrip("} ")
-        if _indent(text[above]) == indent:  # a neighbour: it may have left
-            if words.startswith("if") and "return;" in header + text[above + 1]:
-                found.append((header, True))
-            continue
-        indent = _indent(text[above])
-        if words.startswith(("if", "elif", "else if")):
-            found.append((header, False))
-        elif words.startswith("else"):
-            alike = (other for other in reversed(text[:above]) if _alike(other, text[above]))
-            found.append((next(other.strip() for other in alike if other.strip()[:2] == "if"), True))
+        condition = words.startswith(("if", "else if", "elif"))
+        if _indent(text[number]) < indent:
+            indent, chain = _indent(text[number]), words.startswith(("else", "elif"))
+            if condition:
+                found.append((header, False))
+        elif condition and (chain or _leaves(text[number:])):
+            found.append((header, True))
+            chain = chain and not words.startswith("if")
         if not indent:
             break
     return found
 
 
-def _alike(line: str, other: str) -> bool:
-    return bool(line.strip()) and _indent(line) == _indent(other)
+def _leaves(text: list[str]) -> bool:
+    """Whether all that the condition at the start guards is to return."""
+    statement = ""
+    for line in text:
+        statement += line
+        if ";" in line or "{" in line:
+            break
+    return "return;" in statement
 
 
 def _indent(line: str) -> int:
@@ -214,8 +235,8 @@ def _indent(line: str) -> int:
 
 
 @cache
-def _text(name: str) -> list[str]:
-    for folder in ("csrc", "kernels"):
-        if (ROOT / folder / name).exists():
-            return (ROOT / folder / name).read_text().splitlines()
-    return [""] * 100_000  # of the compiler's own files
+def _text(file: str) -> list[str]:
+    """Nothing of files that are not our own."""
+    if ROOT not in Path(file).parents:
+        return [""] * 100_000
+    return [*Path(file).read_text().splitlines(), ""]  # Triton ends functions one line too late

@@ -24,93 +24,96 @@ constexpr float under_bytes = -32768 / 255.f;
 
 // What one output reads along an axis; the weights are not normalised yet.
 struct Axis {
-    float centre, slope;
-    int first, taps;
+    float scale, support, slope;
+    int in, taps;
 
-    __device__ float weight(int k) const { return triangle(k + 0.5f - centre, slope); }
+    __device__ float centre(int i) const { return (i + 0.5f) * scale; }
+    __device__ int first(float centre) const { return first_tap(centre, support, in, taps); }
 };
 
-__device__ inline Axis axis_of(int i, int in, int out) {
-    const float scale = float(in) / out, support = max2(1.f, scale), centre = (i + 0.5f) * scale;
-    const int taps = most_taps(in, out);
-    return {centre, 1 / support, first_tap(centre, support, in, taps), taps};
+__device__ inline Axis axis_of(int in, int out) {
+    const float scale = float(in) / out, support = max2(1.f, scale);
+    return {scale, support, 1 / support, in, most_taps(in, out)};
 }
 
 __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs args) {
     __shared__ float line[chunk][3][tile_x];  // source rows, resized along the row
-    __shared__ Axis down[tile_y];
+    __shared__ Axis axes[2];                  // down and across
     __shared__ Jitter colors;
     const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
     if (threadIdx.x == 0) set_jitter_of_view(colors, p);
+    if (threadIdx.x < 2)
+        axes[threadIdx.x] = threadIdx.x ? axis_of(int(p.crop_width), args.width)
+                                        : axis_of(int(p.crop_height), args.height);
+    __syncthreads();
     const int64_t* image = args.images + 3 * int64_t(job.image);
-    const int pitch = 3 * int(image[2]), crop_height = int(p.crop_height);
+    const int pitch = 3 * int(image[2]);
     const uint8_t* corner =
         args.pixels + image[0] + int(p.crop_top) * int64_t(pitch) + 3 * int(p.crop_left);
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    if (threadIdx.x < tile_y)
-        down[threadIdx.x] =
-            axis_of(min2(job.top + int(threadIdx.x), args.height - 1), crop_height, args.height);
 
     // Threads past the view's end do as its last pixel does. Flipping commutes with all that comes
     // before the patch.
-    Axis across[columns_each];
-    float gain[columns_each] = {};
+    const Axis &down = axes[0], &across = axes[1];
+    int first[columns_each];
+    float distance[columns_each], gain[columns_each] = {};  // from the first tap to the centre
 #pragma unroll
     for (int c = 0; c < columns_each; ++c) {
         const int x = min2(job.column + c * warp_size, args.width - 1);
-        across[c] = axis_of(p.flip != 0 ? args.width - 1 - x : x, int(p.crop_width), args.width);
+        const float centre = across.centre(p.flip != 0 ? args.width - 1 - x : x);
+        first[c] = across.first(centre);
+        distance[c] = first[c] + 0.5f - centre;
     }
-    const int taps = across[0].taps;
 #pragma unroll 1
-    for (int k = 0; k < taps; ++k)
+    for (int k = 0; k < across.taps; ++k)
 #pragma unroll
-        for (int c = 0; c < columns_each; ++c) gain[c] += across[c].weight(across[c].first + k);
+        for (int c = 0; c < columns_each; ++c) gain[c] += triangle(distance[c] + k, across.slope);
 #pragma unroll
     for (int c = 0; c < columns_each; ++c) gain[c] = 1 / (255 * gain[c]);
-    __syncthreads();
-    const int begin = down[0].first, end = down[tile_y - 1].first + down[0].taps;
+    const auto first_row = [&](int y) { return down.first(down.centre(min2(y, args.height - 1))); };
+    const int begin = first_row(job.top), end = first_row(job.top + tile_y - 1) + down.taps;
+    const uint8_t* from[chunk_each][columns_each];
+#pragma unroll
+    for (int i = 0; i < chunk_each; ++i)
+#pragma unroll
+        for (int c = 0; c < columns_each; ++c)
+            from[i][c] = corner + (begin + warp + i * warps) * int64_t(pitch) + 3 * first[c];
 
     Rgb pixels[pixels_each] = {};
     float sum_y[rows_each] = {};
 #pragma unroll 1
     for (int start = begin; start < end; start += chunk) {
-        const int rows = min2(chunk, end - start);
+        const int rows = min2(chunk, end - start), its_rows = (rows - warp + warps - 1) / warps;
         Rgb filtered[chunk_each][columns_each];
-        const uint8_t* from[chunk_each][columns_each];
-        float distance[columns_each];
 #pragma unroll
-        for (int c = 0; c < columns_each; ++c) {
-            distance[c] = across[c].first + 0.5f - across[c].centre;
+        for (int i = 0; i < chunk_each; ++i)
 #pragma unroll
-            for (int i = 0; i < chunk_each; ++i) {
-                const int row = start + min2(warp + i * warps, rows - 1);
-                from[i][c] = corner + row * int64_t(pitch) + 3 * across[c].first;
+            for (int c = 0; c < columns_each; ++c)
                 filtered[i][c] = {under_bytes, under_bytes, under_bytes};
-            }
-        }
 #pragma unroll 1
-        for (int k = 0; k < taps; ++k) {
+        for (int k = 0; k < across.taps; ++k) {
             float w[columns_each];
 #pragma unroll
-            for (int c = 0; c < columns_each; ++c) {
-                w[c] = triangle(distance[c], across[c].slope) * gain[c];
-                distance[c] += 1;
-            }
+            for (int c = 0; c < columns_each; ++c)
+                w[c] = triangle(distance[c] + k, across.slope) * gain[c];
 #pragma unroll
             for (int i = 0; i < chunk_each; ++i)
+                if (i < its_rows)
 #pragma unroll
-                for (int c = 0; c < columns_each; ++c) {
-                    filtered[i][c].r += w[c] * over_byte(from[i][c][0]);
-                    filtered[i][c].g += w[c] * over_byte(from[i][c][1]);
-                    filtered[i][c].b += w[c] * over_byte(from[i][c][2]);
-                    from[i][c] += 3;
-                }
+                    for (int c = 0; c < columns_each; ++c) {
+                        filtered[i][c].r += w[c] * over_byte(from[i][c][0]);
+                        filtered[i][c].g += w[c] * over_byte(from[i][c][1]);
+                        filtered[i][c].b += w[c] * over_byte(from[i][c][2]);
+                        from[i][c] += 3;
+                    }
         }
+        const int64_t next = chunk * int64_t(pitch) - 3 * across.taps;
 #pragma unroll
         for (int i = 0; i < chunk_each; ++i)
 #pragma unroll
             for (int c = 0; c < columns_each; ++c) {
+                from[i][c] += next;
                 float* to = &line[warp + i * warps][0][lane + c * warp_size];
                 to[0] = filtered[i][c].r;
                 to[tile_x] = filtered[i][c].g;
@@ -119,11 +122,11 @@ __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs a
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < rows_each; ++i) {
-            const Axis axis = down[warp * rows_each + i];
-            const int stop = min2(axis.first + axis.taps, start + rows);
+            const float centre = down.centre(min2(job.row + i, args.height - 1));
+            const int top = down.first(centre), stop = min2(top + down.taps, start + rows);
 #pragma unroll 1
-            for (int y = max2(axis.first, start); y < stop; ++y) {
-                const float w = axis.weight(y);
+            for (int y = max2(top, start); y < stop; ++y) {
+                const float w = triangle(y + 0.5f - centre, down.slope);
                 sum_y[i] += w;
 #pragma unroll
                 for (int c = 0; c < columns_each; ++c) {
@@ -180,8 +183,8 @@ __global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundA
 #pragma unroll
     for (int c = 0; c < columns_each; ++c) {
         const int x = min2(job.column + c * warp_size, args.width - 1);
-        const float scale = p.crop_width / args.width;
-        const float x_in = ((p.flip != 0 ? args.width - 1 - x : x) + 0.5f) * scale - 0.5f;
+        const float x_in =
+            ((p.flip != 0 ? args.width - 1 - x : x) + 0.5f) * (p.crop_width / args.width) - 0.5f;
         const int left = int(floorf(x_in));
         near[c] = corner + max2(left, 0) * view.across;
         far[c] = corner + min2(left + 1, crop_width - 1) * view.across;
@@ -195,21 +198,19 @@ __global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundA
     }
     // Neighbouring output rows often read one and the same source row: it is kept.
     ViewRow<T> above, below;
-    int at = -9;  // the source row that `above` holds; none yet
+    int held = 0;  // the source row that `below` is
+    const float scale = p.crop_height / args.height;
     Rgb pixels[pixels_each];
 #pragma unroll
     for (int i = 0; i < rows_each; ++i) {
-        const int y = min2(job.row + i, args.height - 1);
-        const float y_in = (y + 0.5f) * (p.crop_height / args.height) - 0.5f;
+        const float y_in = (min2(job.row + i, args.height - 1) + 0.5f) * scale - 0.5f;
         const int top = int(floorf(y_in));
-        if (top != at) {
-            if (top == at + 1) {
-                above = below;
-            } else {
-                above.read(view, max2(top, 0) * view.down, near, far, weight);
-            }
-            below.read(view, min2(top + 1, crop_height - 1) * view.down, near, far, weight);
-            at = top;
+        if (i == 0) held = top - 1;
+#pragma unroll 1
+        while (held <= top) {
+            above = below;
+            const int row = min2(max2(++held, 0), crop_height - 1);
+            below.read(view, row * view.down, near, far, weight);
         }
         const float w = y_in - top;
 #pragma unroll
@@ -230,13 +231,6 @@ __device__ inline void to_gray(Rgb& p) {
     p = {level, level, level};
 }
 
-// Mirrored about the edge pixels. Places that no output reads may be far outside.
-__device__ inline int mirrored(int i, int n) {
-    int place = i < 0 ? -i : i < n ? i : 2 * n - 2 - i;
-    if (place < 0 || place >= n) place = reflect(i, n);
-    return place;
-}
-
 // The tile's pixels and those around it, adjusted from contrast on, and blurred.
 template <bool packed>
 __device__ inline void blur(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args, const Job& job,
@@ -247,31 +241,32 @@ __device__ inline void blur(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args
     constexpr int together = 3;  // pixels: a row of what is held, of most views
     const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
 #pragma unroll 1
-    for (int y = warp; y < memory.rows; y += warps) {
-        // What is held past what is read meets taps of zero, but must be a number.
-        const bool read = y < tile_y + 2 * blur.radius;
-        const int row = mirrored(job.top - blur.radius + y, args.height);
-#pragma unroll 1
-        for (int x = lane; x < memory.width; x += together * warp_size) {
-            Rgb q[together] = {};
-            if (read) {
+    for (int x = lane; x < memory.width; x += together * warp_size) {
+        int columns[together];
 #pragma unroll
-                for (int i = 0; i < together; ++i) {
-                    const int column = job.left - blur.radius + x + i * warp_size;
-                    q[i] = kept.get(row, mirrored(column, args.width));
-                }
+        for (int i = 0; i < together; ++i)
+            columns[i] = mirrored(job.left - blur.radius + x + i * warp_size, args.width);
+#pragma unroll 1
+        for (int y = warp; y < memory.rows; y += warps) {
+            Rgb q[together] = {};
+            // What is held past what is read meets taps of zero, but must be a number.
+            if (y < tile_y + 2 * blur.radius) {
+                const int row = mirrored(job.top - blur.radius + y, args.height);
+#pragma unroll
+                for (int i = 0; i < together; ++i) q[i] = kept.get(row, columns[i]);
                 adjust(q, colors, colors.contrast_at, colors.count, mean);
                 if (grayscale)
 #pragma unroll
                     for (Rgb& its : q) to_gray(its);
             }
 #pragma unroll
-            for (int i = 0; i < together; ++i) {
-                if (x + i * warp_size >= memory.width) continue;
-                memory.pixel(0, y, x + i * warp_size) = to_half(q[i].r - 0.5f);
-                memory.pixel(1, y, x + i * warp_size) = to_half(q[i].g - 0.5f);
-                memory.pixel(2, y, x + i * warp_size) = to_half(q[i].b - 0.5f);
-            }
+            for (int i = 0; i < together; ++i)
+                if (x + i * warp_size < memory.width) {
+                    uint16_t* to = &memory.pixel(0, y, x + i * warp_size);
+                    to[0] = to_half(q[i].r - 0.5f);
+                    to[memory.rows * memory.width] = to_half(q[i].g - 0.5f);
+                    to[2 * memory.rows * memory.width] = to_half(q[i].b - 0.5f);
+                }
         }
     }
     __syncthreads();
@@ -293,8 +288,10 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
     const ViewParams& p = row_of(args, job);
     if (threadIdx.x == 0) set_jitter_of_view(colors, p);
     float mean = 0;
-    for (int i = threadIdx.x % warp_size; i < args.tiles; i += warp_size)
-        mean += args.sums[job.index * args.tiles + i];
+    const float* sums = args.sums + job.index * args.tiles;
+    const int lane = threadIdx.x % warp_size;
+#pragma unroll 1
+    for (int i = lane; i < args.tiles; i += warp_size) mean += sums[i];
     mean = warp_sum(mean) / (args.height * args.width);
     const Blur of_view(p.blur_sigma, args.height);
     const bool grayscale = p.grayscale != 0;
@@ -342,7 +339,7 @@ __device__ inline float alpha_along(int i, int start, int length, float sigma, i
 #pragma unroll 1
     for (int k = -radius; k <= radius; ++k) {
         const float w = radius > 0 ? gaussian_tap(k, sigma) : 1;
-        const int place = reflect(i + k, n) - start;
+        const int place = mirrored(i + k, n) - start;
         total += w;
         if (place >= 0 && place < length) inside += w;
     }

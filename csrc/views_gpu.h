@@ -44,6 +44,13 @@ __device__ inline void for_pixels(const GpuRoundArgs& args, const Job& job, cons
     }
 }
 
+// As reflect, but quick where one reflection is enough.
+__device__ inline int mirrored(int i, int n) {
+    int place = i < 0 ? -i : i < n ? i : 2 * n - 2 - i;
+    if (place < 0 || place >= n) place = reflect(i, n);
+    return place;
+}
+
 // The three planes of a view, or of what is kept of one. Offsets in a plane fit into 32 bits, and
 // take fewer instructions than addresses do.
 template <class T>
@@ -51,7 +58,7 @@ struct Planes {
     T *r, *g, *b;
     int down, across;  // from row to row and column to column, in elements
 
-    __device__ uint32_t at(int y, int x) const { return uint32_t(y) * down + uint32_t(x) * across; }
+    __device__ int at(int y, int x) const { return y * down + x * across; }
 };
 
 __device__ inline const ViewParams& row_of(const GpuRoundArgs& args, const Job& job) {
@@ -98,7 +105,7 @@ struct KeptPixels {
         pixels = reinterpret_cast<uint32_t*>(first);
     }
     __device__ void put(int y, int x, const Rgb& p) const {
-        const uint32_t at = planes.at(y, x);
+        const int at = planes.at(y, x);
         if constexpr (packed) {
             pixels[at] = to_bits(p.r, 2047) | to_bits(p.g, 2047) << 11 | to_bits(p.b, 1023) << 22;
         } else {
@@ -108,7 +115,7 @@ struct KeptPixels {
         }
     }
     __device__ Rgb get(int y, int x) const {
-        const uint32_t at = planes.at(y, x);
+        const int at = planes.at(y, x);
         if constexpr (packed) {
             const uint32_t bits = pixels[at];
             return {from_bits(bits & 2047) * (1 / 2047.f),
@@ -132,7 +139,7 @@ __device__ inline Planes<T> planes_of(const GpuViews& views, int view, int image
 template <class T>
 __device__ inline void put_pixel(const Planes<T>& view, const GpuViews& views, int y, int x,
                                  const Rgb& p) {
-    const uint32_t at = view.at(y, x);
+    const int at = view.at(y, x);
     put(view.r + at, p.r * views.scale[0] + views.shift[0]);
     put(view.g + at, p.g * views.scale[1] + views.shift[1]);
     put(view.b + at, p.b * views.scale[2] + views.shift[2]);

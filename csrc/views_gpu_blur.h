@@ -17,9 +17,10 @@ struct Blur {
     float gain;                          // 1 / the sum of the taps, as they are rounded
     uint32_t pairs[2 * most_steps + 1];  // of neighbouring taps, half precision
 
-    __device__ Blur(float sigma, int height) {
-        const int lane = threadIdx.x % warp_size, most = blur_radius(height);
-        float tap = lane > most ? 0 : sigma > 0 ? gaussian_tap(lane, sigma) : lane == 0;
+    __device__ Blur(float sigma, int height) : radius(0) {
+        if (sigma <= 0) return;
+        const int lane = threadIdx.x % warp_size;
+        float tap = lane > blur_radius(height) ? 0 : gaussian_tap(lane, sigma);
         tap /= warp_sum(lane ? 2 * tap : tap);
         radius = __popc(__ballot_sync(all_lanes, tap >= negligible_tap)) - 1;
         if (radius == 0) return;
@@ -84,18 +85,21 @@ __device__ inline void blur_channel(const BlurMemory& memory, const Blur& blur, 
     const uint32_t* from = around + (row / 2 + member) * width + first + group;
     uint32_t* to = columns + (row + group) * (width / 2) + first / 2 + member;
 #pragma unroll 1
-    for (int column = first; column < width; column += step, from += step, to += step / 2) {
+    for (int column = first; column < width; column += step) {
         float sums[4] = {};
 #pragma unroll
         for (int s = 0; s < Blur::most_steps; ++s) {
-            if (s >= blur.steps_down) break;
-            const uint32_t taps[4] = {pairs[2 * s + 1], pairs[2 * s], pairs[2 * s + 2],
-                                      pairs[2 * s + 1]};
-            const uint32_t pixels[2] = {from[8 * s * width], from[(8 * s + 4) * width]};
-            multiply_add(sums, taps, pixels);
+            if (s < blur.steps_down) {
+                const uint32_t taps[4] = {pairs[2 * s + 1], pairs[2 * s], pairs[2 * s + 2],
+                                          pairs[2 * s + 1]};
+                const uint32_t pixels[2] = {from[8 * s * width], from[(8 * s + 4) * width]};
+                multiply_add(sums, taps, pixels);
+            }
         }
         to[0] = to_halves(sums[0] * blur.gain, sums[1] * blur.gain);
         to[4 * width] = to_halves(sums[2] * blur.gain, sums[3] * blur.gain);
+        from += step;
+        to += step / 2;
     }
     __syncthreads();
     from = columns + (row + group) * (width / 2) + first / 2 + member;
@@ -105,11 +109,12 @@ __device__ inline void blur_channel(const BlurMemory& memory, const Blur& blur, 
         float sums[4] = {};
 #pragma unroll
         for (int s = 0; s < Blur::most_steps; ++s) {
-            if (s >= blur.steps_across) break;
-            const uint32_t* at = from + 8 * s;
-            const uint32_t pixels[4] = {at[0], at[4 * width], at[4], at[4 * width + 4]};
-            const uint32_t taps[2] = {pairs[2 * s + 1], pairs[2 * s + 2]};
-            multiply_add(sums, pixels, taps);
+            if (s < blur.steps_across) {
+                const uint32_t* at = from + 8 * s;
+                const uint32_t pixels[4] = {at[0], at[4 * width], at[4], at[4 * width + 4]};
+                const uint32_t taps[2] = {pairs[2 * s + 1], pairs[2 * s + 2]};
+                multiply_add(sums, pixels, taps);
+            }
         }
         const auto bits = [&](float sum) { return to_16_bits(clamp01(sum * blur.gain + 0.5f)); };
         to[0] = bits(sums[0]) | uint32_t(bits(sums[1])) << 16;
