@@ -17,11 +17,12 @@ test: $(BIN)/.installed-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
 
 # On a machine with an NVIDIA GPU: what the tests could not show without one.
-gpu: $(BIN)/.installed-test
+gpu: $(BIN)/.installed-test $(BIN)/.installed-bench
 	SPD_FAST_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m "cuda or triton"
 	if command -v compute-sanitizer; then \
 	  SPD_FAST_REQUIRE_CUDA=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q -m cuda \
 	    -k "test_distances or test_views"; fi
+	$(BIN)/python bench/gpu.py --write
 
 lint:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*

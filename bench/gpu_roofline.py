@@ -19,15 +19,14 @@ import torch
 import triton
 from ahead import Compiled, compiled_for
 from gpu_kernels import CHANNELS, LAYERS, Usage, cuda_usage, launch_distances, launch_views
-from gpu_turns import Turns, Views, distances_in_cuda, distances_in_triton
+from gpu_turns import Turns, Views, center_in_triton, distances_in_cuda, distances_in_triton
 from sass import PIPES, ROOT, Instruction, executed, kernels_of
 
 from spd_fast import recipes, sample_view_params
-from spd_fast.kernels.mahalanobis import tiles_of
+from spd_fast.kernels.mahalanobis import CHANNELS_TILE, tiles_of
 from spd_fast.ops.augment_views import CUDA_TILE, TRITON_TILE
 from spd_fast.ops.view_rounds import groups_of
 from spd_fast.reference import packed_size
-
 
 # What is in its cache may be of the same kernel at another place, with other line numbers.
 triton.knobs.compilation.always_compile = True
@@ -229,7 +228,7 @@ def padim_in_triton(dtype: str, batch: int, arch: int) -> Iterator[Launch]:
     factor = POSITIONS * packed_size(CHANNELS) * ITEMSIZE[dtype]
     padded = -(-CHANNELS // 64) * 64
     warps = POSITIONS // 32 * batch * (padded // 64) * center.threads // 32
-    turns = mean_of(in_triton(center), {})
+    turns = mean_of(in_triton(center), center_in_triton(CHANNELS, len(LAYERS), CHANNELS_TILE))
     moved = padim_bytes(dtype, batch) - factor + 4 * POSITIONS * batch * padded
     yield _of_triton(center, warps, turns, moved)
     warps = POSITIONS * -(-batch // tiles["images_tile"]) * distances.threads // 32

@@ -214,3 +214,10 @@ def distances_in_triton(d: int, rows_tile: int, columns_tile: int) -> Turns:
             np.ceil(last / columns_tile).mean()
         ),
     }
+
+
+def center_in_triton(d: int, layers: int, channels_tile: int) -> Turns:
+    """Sorted channels: a tile has those of one layer, or of two where layers meet."""
+    tiles = -(-d // channels_tile)
+    own = "if tl.max(own.to(tl.int32), 0) > 0:"
+    return {own: (tiles + layers - 1) / tiles / layers}

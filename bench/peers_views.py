@@ -98,7 +98,7 @@ def _taps(sigma: float) -> int:
 def _smooth_blend(x: torch.Tensor, patch: torch.Tensor, p: dict) -> torch.Tensor:
     """SmoothBlend of float tensors, the mask blurred along one axis after the other."""
     y, u = _target(p)
-    layer, alpha = torch.zeros_like(x), torch.zeros(1, SIZE, SIZE)
+    layer, alpha = torch.zeros_like(x), x.new_zeros(1, SIZE, SIZE)
     layer[:, y, u] = patch
     alpha[:, y, u] = 1
     sigma = [p["alpha_sigma_x"], p["alpha_sigma_y"]]
@@ -166,7 +166,9 @@ def kornia() -> Library:
         box = x[..., top : top + height, left : left + width]
         return geometry.resize(box, (SIZE, SIZE), antialias=True)
 
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    def normalised(x):
+        return enhance.normalize(x, x.new_tensor(MEAN), x.new_tensor(STD))[0]
+
     return Library(
         start=lambda x: _to_float(x)[None],
         resized_crop=resized_crop,
@@ -180,10 +182,8 @@ def kornia() -> Library:
         gray=lambda x: color.rgb_to_grayscale(x).expand(-1, 3, -1, -1),
         blur=lambda x, sigma: filters.gaussian_blur2d(x, (BLUR_TAPS, BLUR_TAPS), (sigma, sigma)),
         flip=geometry.hflip,
-        finish=lambda x: enhance.normalize(x, mean, std)[0],
-        blend=lambda x, patch, p: enhance.normalize(
-            _smooth_blend(x[0], patch[0], p)[None], mean, std
-        )[0],
+        finish=normalised,
+        blend=lambda x, patch, p: normalised(_smooth_blend(x[0], patch[0], p)[None]),
     )
 
 
@@ -244,8 +244,9 @@ def albumentations() -> Library:
 # ------------------------------------------------------------------------------------------- DALI
 
 
-def dali(batch: int) -> Peer:
-    """DALI's own operators on the CPU; the arguments of one batch come in as arrays."""
+def dali(batch: int, device: str = "cpu") -> Peer:
+    """DALI's own operators; the arguments of one batch come in as arrays. On a "gpu" the images do
+    so too: they are copied there."""
     from nvidia.dali import fn, pipeline_def, types
 
     box = ("top", "left", "height", "width")
@@ -284,7 +285,7 @@ def dali(batch: int) -> Peer:
     @pipeline_def(
         batch_size=batch,
         num_threads=1,
-        device_id=None,
+        device_id=0 if device == "gpu" else None,
         exec_async=False,
         exec_pipelined=False,
         exec_dynamic=False,
@@ -296,6 +297,8 @@ def dali(batch: int) -> Peer:
         given = fn.external_source(
             lambda: [np.ascontiguousarray(a) for a in arguments()], num_outputs=count
         )
+        if device == "gpu":
+            images = images.gpu()
         given, views, normalised = list(given), [], []
 
         def take(n: int) -> list:
@@ -331,7 +334,7 @@ def dali(batch: int) -> Peer:
                 )
                 patch = color_twist(patch, patch_amounts)
                 layer = fn.multi_paste(patch, out_anchors=targets, output_size=[SIZE, SIZE])
-                alpha = fn.constant(fdata=0.0, shape=[SIZE, SIZE, 1], layout="HWC")
+                alpha = fn.constant(fdata=0.0, shape=[SIZE, SIZE, 1], layout="HWC", device=device)
                 alpha = fn.erase(alpha, anchor=target, shape=size, axis_names="HW", fill_value=1.0)
                 alpha = fn.gaussian_blur(alpha, sigma=8.0, window_size=65)
                 x = (1 - alpha) * x + alpha * layer
@@ -351,11 +354,11 @@ def dali(batch: int) -> Peer:
 
     def views(images: list[np.ndarray], rows: torch.Tensor) -> list:
         job.update(images=images, rows=rows)
-        made = [np.asarray(output.as_tensor()) for output in built.run()]
-        return [[torch.from_numpy(view[i]) for view in made] for i in range(len(images))]
+        made = [torch.from_dlpack(output.as_tensor()) for output in built.run()]
+        return [[view[i] for view in made] for i in range(len(images))]
 
     return Peer(
-        "DALI, CPU operators",
+        f"DALI, {device.upper()} operators",
         "similar: contrast, hue",  # contrast about mid-gray, hue as a rotation in YIQ
         lambda pixels: [_to_numpy(x) for x in pixels],
         views,

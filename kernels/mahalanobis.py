@@ -61,16 +61,18 @@ def center(
             shapes[i]
         )
         own = (channel >= start) & (channel < start + count)
-        place = (row * height // grid_height).to(tl.int64) * row_stride
-        place += (column * width // grid_width).to(tl.int64) * column_stride
-        plane = image * image_stride + (channel - start) * channel_stride
-        if channels_last:
-            at = place[:, None] + plane[None, :]
-            mask = (position < last)[:, None] & own[None, :]
-        else:
-            at = plane[:, None] + place[None, :]
-            mask = own[:, None] & (position < last)[None, :]
-        x += tl.load(layers[i] + at, mask=mask, other=0.0).to(tl.float32)
+        # Channels in order: those of a tile are mostly of one layer.
+        if tl.max(own.to(tl.int32), 0) > 0:
+            place = (row * height // grid_height).to(tl.int64) * row_stride
+            place += (column * width // grid_width).to(tl.int64) * column_stride
+            plane = image * image_stride + (channel - start) * channel_stride
+            if channels_last:
+                at = place[:, None] + plane[None, :]
+                mask = (position < last)[:, None] & own[None, :]
+            else:
+                at = plane[:, None] + place[None, :]
+                mask = own[:, None] & (position < last)[None, :]
+            x += tl.load(layers[i] + at, mask=mask, other=0.0).to(tl.float32)
     if not channels_last:
         x = tl.trans(x)
     valid = (position < last)[:, None]

@@ -2,8 +2,10 @@
 
 import platform
 from importlib import metadata
+from pathlib import Path
 
 PACKAGES = ("spd-fast", "torch", "torchvision", "numpy", "pillow", "scipy", "anomalib", "triton")
+MEASURED = Path(__file__).with_name("measured.txt")  # written by bench/gpu.py
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
@@ -49,7 +51,10 @@ def describe() -> str:
             state = "; ".join(backend.missing()) or "available"
             name = operation if i == 0 else ""
             lines.append(f"  {name:<22}{backend.name:<11}{backend.device:<6}{state}")
-    lines += ["triton and cuda have not been run or measured on a GPU yet: docs/gpu.md"]
+    if MEASURED.exists():
+        lines += [f"triton and cuda measured on {MEASURED.read_text().strip()}"]
+    else:
+        lines += ["triton and cuda: not yet measured on a GPU, nor run on one: docs/gpu.md"]
     return "\n".join(lines)
 
 
