@@ -89,13 +89,18 @@ class Launch(NamedTuple):
 # ------------------------------------------------------------------------------ what was compiled
 
 
+def compiled(source: Path, arch: int, directory: Path) -> Path:
+    binary = directory / "kernels.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{arch}"]
+    subprocess.run([*command, "-o", str(binary), str(source)], check=True)
+    return binary
+
+
 @cache
 def in_cuda(source: str, arch: int) -> dict[str, tuple[list[Instruction], Usage]]:
     """The kernels of a file in csrc/."""
     with tempfile.TemporaryDirectory() as directory:
-        binary = Path(directory, "kernels.cubin")
-        command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-cubin", f"-arch=sm_{arch}"]
-        subprocess.run([*command, "-o", str(binary), str(ROOT / "csrc" / source)], check=True)
+        binary = compiled(ROOT / "csrc" / source, arch, Path(directory))
         usage = {its.kernel: its for its in cuda_usage(binary, arch)}
         kernels = kernels_of(binary)
     names = subprocess.run(["c++filt", *kernels], capture_output=True, text=True, check=True).stdout

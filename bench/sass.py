@@ -17,11 +17,12 @@ from ahead import TOOLS
 
 ROOT = Path(__file__).parents[1]
 UNROLLED = 1.6  # a copy of a loop this much longer than another does several turns at once
+WHOLE = 0.7  # a copy with less than this of another's kinds of instructions leaves something out
 LOCATION = re.compile(r'\t//## File "(.*?)", line (\d+)( inlined)?')
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 # What executes it; all else is arithmetic of integers, comparisons and choices.
 PIPES = {
-    "memory": r"LD|ST|ATOM|RED|SHFL|UBLKCP",
+    "memory": r"LD(?!C)|ST|ATOM|RED|SHFL|UBLKCP",
     "float": r"FADD|FMUL|FFMA|IMAD|HFMA2|HADD2|HMUL2",
     "special": r"MUFU|F2I|I2F|F2F|FRND|I2I",
     "tensor": r"HMMA|IMMA|HGMMA|UTC\w*MMA|WARPGROUP",
@@ -88,12 +89,19 @@ def executed(kernel: list[Instruction], times: Callable[[str], float | None]) ->
     loops, reached = _loops(after)
     weight = [float(block in reached) for block in range(len(blocks))]
     lines = {head: kernel[blocks[max(ends)].stop - 1].lines for head, (_, ends) in loops.items()}
-    length = {head: sum(len(blocks[block]) for block in body) for head, (body, _) in loops.items()}
     for head, (body, _) in loops.items():
         turns = _turns(lines[head], times)
-        copies = [length[other] for other in loops if lines[other] == lines[head]]
+        # Compilers make several loops of one: unrolled, and without what a condition excludes.
+        copies = [
+            [kernel[i].name.split(".")[0] for block in other for i in blocks[block]]
+            for it, (other, _) in loops.items()
+            if lines[it] == lines[head] and (it == head or not body & other)
+        ]
+        most = max(len(set(copy)) for copy in copies)
+        whole = min(len(copy) for copy in copies if len(set(copy)) > WHOLE * most)
+        length = sum(len(blocks[block]) for block in body)
         for block in body:
-            weight[block] *= turns if length[head] < UNROLLED * min(copies) else 0
+            weight[block] *= turns if whole / UNROLLED < length < UNROLLED * whole else 0
     total: Counter = Counter()
     for block, of_block in zip(blocks, weight):
         if any(kernel[i].name.startswith("CALL") for i in block):
@@ -166,11 +174,13 @@ def source(place: tuple[str, int]) -> str:
 def _turns(places: tuple[tuple[str, int], ...], times: Callable[[str], float | None]) -> float:
     """Of the loop that ends there: that of the line itself, or else the innermost around it."""
     for name, line in places:
-        text = _text(name)
-        for header in (text[line - 1].strip(), *_headers_around(name, line)):
-            if header.startswith(("for", "while")) and (known := times(header)) is not None:
-                return known
-    raise LookupError(f"no number of turns for a loop that ends at {places}: {source(places[0])}")
+        headers = (_text(name)[line - 1].strip(), *_headers_around(name, line))
+        loops = (header for header in headers if header.startswith(("for", "while")))
+        if loop := next(loops, None):
+            if (known := times(loop)) is None:
+                raise LookupError(f"no number of turns for {loop!r} at {places}")
+            return known
+    raise LookupError(f"a loop ends at {places}, where the source has none")
 
 
 def _headers_around(name: str, line: int) -> Iterator[str]:

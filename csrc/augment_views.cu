@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs a
     __shared__ Jitter colors;
     const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
+    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
     if (threadIdx.x == 0) set_jitter_of_view(colors, p);
     if (threadIdx.x < 2)
         axes[threadIdx.x] = threadIdx.x ? axis_of(int(p.crop_width), args.width)
@@ -51,7 +52,6 @@ __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs a
     const int pitch = 3 * int(image[2]);
     const uint8_t* corner =
         args.pixels + image[0] + int(p.crop_top) * int64_t(pitch) + 3 * int(p.crop_left);
-    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
 
     // Threads past the view's end do as its last pixel does. Flipping commutes with all that comes
     // before the patch.
@@ -348,7 +348,7 @@ __device__ inline float alpha_along(int i, int start, int length, float sigma, i
 
 // Blends the jittered patch in where alpha is not zero: out = (1 - alpha) out + alpha patch.
 template <class T>
-__global__ void __launch_bounds__(threads, 4)
+__global__ void __launch_bounds__(threads, 3)
     paste_kernel(const GpuRoundArgs args, const GpuViews views) {
     __shared__ Jitter colors;
     __shared__ float a[tile_y], b[tile_x];
@@ -442,7 +442,11 @@ void paste(const GpuRoundArgs& all, const GpuViews& views) {
 
 template <class T>
 void finish_and_paste(const GpuRoundArgs& args) {
-    args.packed ? finish<T, true>(args) : finish<T, false>(args);
+    if constexpr (!std::is_same_v<T, float>) {
+        args.packed ? finish<T, true>(args) : finish<T, false>(args);
+    } else {
+        finish<T, false>(args);  // what ends as float32 is never packed
+    }
     if (args.room) paste<T>(args, args.target);
 }
 

@@ -4,12 +4,14 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
 
 ROOT = Path(__file__).parents[1]
-SOURCES, SHARED = ROOT / "csrc", "views_gpu.h"
+SOURCES = ROOT / "csrc"
+SHARED = ("views_gpu.h", "views_gpu_blur.h")  # of augment_views.cu alone
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
@@ -17,7 +19,9 @@ def compile_all(directory: Path, flags: tuple[str, ...] = ()) -> dict[str, Path]
     """Object files, by the names of the sources: the bindings, and the .cu files for the CPU."""
     sources = [ROOT / "tests/cuda/on_cpu.cpp", *SOURCES.glob("*.cu")]
     sources = [s for s in sources if s.name != "cuda_state.cu"]  # there is no device to ask
-    return {source.name: compile_one(source, directory, flags) for source in sources}
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda source: compile_one(source, directory, flags), sources)
+        return {source.name: file for source, file in zip(sources, made)}
 
 
 def compile_one(source: Path, directory: Path, flags: tuple[str, ...]) -> Path:
@@ -40,12 +44,15 @@ def with_fault(
     directory: Path, objects: dict[str, Path], old: str, new: str, flags: tuple[str, ...] = ()
 ) -> Path:
     """The module with a text of one source replaced; the others are not compiled again."""
-    found = [path for path in [*SOURCES.glob("*.cu"), SOURCES / SHARED] if old in path.read_text()]
+    sources = [*SOURCES.glob("*.cu"), *(SOURCES / name for name in SHARED)]
+    found = [path for path in sources if old in path.read_text()]
     assert len(found) == 1, found
+    changed = found[0].name
+    if changed in SHARED:  # a header is taken from beside the file that includes it
+        changed = "augment_views.cu"
+        for name in (changed, *SHARED):
+            shutil.copy(SOURCES / name, directory)
     (directory / found[0].name).write_text(found[0].read_text().replace(old, new))
-    changed = "augment_views.cu" if found[0].name == SHARED else found[0].name
-    if found[0].name == SHARED:
-        shutil.copy(SOURCES / changed, directory)
     objects = objects | {changed: compile_one(directory / changed, directory, flags)}
     return link(directory, objects, flags)
 
