@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
+from spd_fast.datasets.shards import Images, open_images
 from spd_fast.errors import InputError
 from spd_fast.models import pick_device
 from spd_fast.ops.augment_views import augment_views
@@ -63,7 +63,8 @@ class ViewLoader:
     memory of up to AHEAD + 1 batches.
 
     Args:
-        data: an ImageFolder, or the directories to make one of.
+        data: directories of images, or archives (tar shards, TFRecord files): what `open_images` of
+            `spd_fast.datasets.shards` takes or has returned.
         recipe: the views to make, from `spd_fast.recipes`.
         batch_size: N, images per batch of this rank.
         backend: "torch" (threads, this class); "auto" chooses it.
@@ -89,7 +90,7 @@ class ViewLoader:
 
     def __init__(
         self,
-        data: ImageFolder | str | Path | Iterable[str | Path],
+        data: Images | str | Path | Iterable[str | Path],
         recipe: Recipe,
         batch_size: int,
         backend: str = "auto",
@@ -116,7 +117,7 @@ class ViewLoader:
                 f"seed must be at least 0 and rank within 0..world_size - 1, got seed {seed}, "
                 f"rank {rank}, world_size {world_size}"
             )
-        self.data = data if isinstance(data, ImageFolder) else ImageFolder(data)
+        self.data = data if isinstance(data, Images) else open_images(data)
         self.recipe, self.batch_size, self.size = recipe, batch_size, size
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.seed, self.skip_bad_images, self.parts = seed, skip_bad_images, parts
