@@ -1,4 +1,4 @@
-"""Images of a folder once more in tar shards and TFRecord files, for the tests of what reads them."""
+"""Images of a folder once more in tar shards and TFRecord files, for tests."""
 
 import io
 import struct
@@ -76,5 +76,3 @@ def _varint(value: int) -> bytes:
         groups.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*groups, value])
-
-

