@@ -19,6 +19,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from spd_fast.choices import DALI_PACKAGES
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import native
 
@@ -27,7 +28,6 @@ try:
 except ImportError:  # Windows, for which there is no DALI
     fcntl = None
 
-PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 CPU_SOURCES = ("dali/augment_views_op.cc", "dali/sample_view_params_op.cc", "augment_views.cpp")
 GPU_SOURCES = ("dali/augment_views_op_gpu.cc", "augment_views.cu", "cuda_state.cu")
 # No FMA where parameters are drawn: it would round differently. GCC 12 takes a deallocation in
@@ -51,7 +51,7 @@ _loaded: Path | None = None
 
 def dali_version() -> str | None:
     """Of the installed DALI; None without one."""
-    for package in PACKAGES:
+    for package in DALI_PACKAGES:
         with suppress(metadata.PackageNotFoundError):
             version = metadata.version(package)
             return version if find_spec("nvidia.dali") else None
@@ -71,7 +71,7 @@ def missing(cuda: bool = False) -> list[str]:
     if plugin(cuda=True).exists() or (not cuda and plugin(cuda=False).exists()):
         return []
     if cuda and nvcc() is None:
-        return ["there is no CUDA compiler (nvcc) to build its GPU part with"]
+        return ["there is no CUDA compiler (nvcc) to build its operators for a GPU with"]
     if compiler() is None:
         return [
             "there is no C++ compiler to build its operators with: install g++, or name one in CXX"
@@ -303,6 +303,8 @@ def describe() -> dict[str, str]:
             built = [path for path in built if "-cuda-" in path.name]
         if reasons := missing(cuda):
             states[name] = "; ".join(reasons)
+            if cuda and dali_version():
+                states[name] += ": views are made after DALI, by the backends above"
         elif built:
             states[name] = f"built: {built[0]}"
         else:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spd_fast.choices import LOADERS
 from spd_fast.datasets.images import read_image
 from spd_fast.datasets.shards import Images, open_images
 from spd_fast.errors import InputError
@@ -34,7 +35,6 @@ from spd_fast.views import COLUMNS, sample_view_params
 
 AHEAD = 2  # batches in the making while the consumer has one
 CHUNK = 16  # images per task: few enough to spread, enough to make the cost of the calls small
-BACKENDS = ("auto", "torch", "dali")
 
 
 class Batch(NamedTuple):
@@ -112,8 +112,8 @@ class ViewLoader:
         dtype: torch.dtype = torch.float32,
         parts: int = 1,
     ):
-        if backend not in BACKENDS:
-            raise InputError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}")
+        if backend not in LOADERS:
+            raise InputError(f"backend is one of {', '.join(LOADERS)}; got {backend!r}")
         for name, value in (("batch_size", batch_size), ("workers", workers), ("size", size)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
