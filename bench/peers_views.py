@@ -244,14 +244,14 @@ def albumentations() -> Library:
 # ------------------------------------------------------------------------------------------- DALI
 
 
-def dali(batch: int) -> Peer:
-    """DALI's own operators on the CPU; the arguments of one batch come in as arrays."""
+def dali_pipeline(job: dict[str, Any], batch: int, encoded: bool = False, **settings):
+    """The four views by DALI's own operators on the CPU. The arguments of one batch come in as
+    arrays: job["rows"] (N, 4, 27), and job["images"], decoded or encoded."""
     from nvidia.dali import fn, pipeline_def, types
 
     box = ("top", "left", "height", "width")
     twist = ("brightness", "contrast", "saturation", "hue")
     prefixes = ("", "patch_")
-    job: dict[str, Any] = {}
 
     def arguments() -> Iterator[np.ndarray]:
         """Of each view: crop's start and end, jitter on, its amounts, blur on, sigma, flip."""
@@ -281,18 +281,12 @@ def dali(batch: int) -> Peer:
 
     count = 4 * 10 + 4 + 4
 
-    @pipeline_def(
-        batch_size=batch,
-        num_threads=1,
-        device_id=None,
-        exec_async=False,
-        exec_pipelined=False,
-        exec_dynamic=False,
-        prefetch_queue_depth=1,
-        enable_conditionals=True,
-    )
+    @pipeline_def(batch_size=batch, device_id=None, enable_conditionals=True, **settings)
     def pipeline():
-        images = fn.external_source(lambda: job["images"], layout="HWC", no_copy=True)
+        layout = None if encoded else "HWC"
+        images = fn.external_source(lambda: job["images"], layout=layout, no_copy=True)
+        if encoded:
+            images = fn.decoders.image(images)
         given = fn.external_source(
             lambda: [np.ascontiguousarray(a) for a in arguments()], num_outputs=count
         )
@@ -348,6 +342,20 @@ def dali(batch: int) -> Peer:
 
     built = pipeline()
     built.build()
+    return built
+
+
+def dali(batch: int) -> Peer:
+    job: dict[str, Any] = {}
+    built = dali_pipeline(
+        job,
+        batch,
+        num_threads=1,
+        exec_async=False,
+        exec_pipelined=False,
+        exec_dynamic=False,
+        prefetch_queue_depth=1,
+    )
 
     def views(images: list[np.ndarray], rows: torch.Tensor) -> list:
         job.update(images=images, rows=rows)

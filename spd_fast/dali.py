@@ -43,6 +43,13 @@ def missing(device: torch.device) -> list[str]:
     return dali_build.missing()
 
 
+def is_ready(device: torch.device) -> bool:
+    """Whether DALI, where nothing is missing, is to be preferred to threads: it was faster wherever
+    both have been measured (bench/README.md), but a CPU's user is not made to wait for a compiler
+    unasked."""
+    return device.type == "cuda" or dali_build.is_built()
+
+
 class DaliMaker:
     """What a ViewLoader with the backend "dali" has its batches from.
 

@@ -51,11 +51,14 @@ _loaded: Path | None = None
 
 def dali_version() -> str | None:
     """Of the installed DALI; None without one."""
-    for package in DALI_PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            version = metadata.version(package)
-            return version if find_spec("nvidia.dali") else None
-    return None
+    return next(filter(None, map(_version_of, DALI_PACKAGES)), None)
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def missing(cuda: bool = False) -> list[str]:
@@ -68,7 +71,7 @@ def missing(cuda: bool = False) -> list[str]:
         return ["DALI is not installed: pip install 'spd-fast[dali-cu13]', or dali-cu12"]
     if native is None:
         return ["the compiled module spd_fast._C is not there"]
-    if plugin(cuda=True).exists() or (not cuda and plugin(cuda=False).exists()):
+    if plugin(cuda=True).exists() if cuda else is_built():
         return []
     if cuda and nvcc() is None:
         return ["there is no CUDA compiler (nvcc) to build its operators for a GPU with"]
@@ -77,11 +80,18 @@ def missing(cuda: bool = False) -> list[str]:
             "there is no C++ compiler to build its operators with: install g++, or name one in CXX"
         ]
     if not include_directories():
+        version = _version_of("nvidia-cuda-runtime") or "13.0"
+        wanted = ".".join(version.split(".")[:2])
         return [
-            "there are no headers of CUDA to build its operators with: "
-            "pip install nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl"
+            "there are no headers of CUDA to build its operators with: pip install "
+            + " ".join(f"'nvidia-cuda-{part}=={wanted}.*'" for part in ("runtime", "crt", "cccl"))
         ]
     return []
+
+
+def is_built() -> bool:
+    """Whether the CPU operators are in the cache."""
+    return plugin(cuda=True).exists() or plugin(cuda=False).exists()
 
 
 def compiler() -> list[str] | None:

@@ -73,7 +73,8 @@ class ViewLoader:
         recipe: the views to make, from `spd_fast.recipes`.
         batch_size: N, images per batch of this rank.
         backend: who makes the batches, which are the same: "torch", threads of this class, or
-            "dali", see `spd_fast.dali`; "auto" is DALI on a GPU, if it is installed.
+            "dali", see `spd_fast.dali`. "auto" is what SPD_FAST_LOADER says in the environment, or
+            else DALI if it is there, on a CPU only if its operators have been built already.
         size: S, height and width of the views, pixels.
         device: where the batches are delivered: "auto", "cpu" or "cuda", see `pick_device`.
         seed: of order and views, at least 0.
@@ -112,8 +113,6 @@ class ViewLoader:
         dtype: torch.dtype = torch.float32,
         parts: int = 1,
     ):
-        if backend not in LOADERS:
-            raise InputError(f"backend is one of {', '.join(LOADERS)}; got {backend!r}")
         for name, value in (("batch_size", batch_size), ("workers", workers), ("size", size)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -319,15 +318,18 @@ class ViewLoader:
         self.bad_images = dict(state["bad_images"])
 
 
-def _pick_backend(backend: str, device: torch.device) -> str:
-    """Either "torch" or "dali"; "auto" is whichever is faster: see bench/README.md."""
-    if backend == "torch" or (backend == "auto" and device.type == "cpu"):
-        return "torch"
-    from spd_fast.dali import missing
+def _pick_backend(asked: str, device: torch.device) -> str:
+    """Either "torch" or "dali"."""
+    name = asked
+    if name == "auto":
+        name = os.environ.get("SPD_FAST_LOADER") or "auto"
+    if name not in LOADERS:
+        raise InputError(f"the loader's backend is one of {', '.join(LOADERS)}; got {name!r}")
+    if name == "torch":
+        return name
+    from spd_fast import dali
 
-    reasons = missing(device)
-    if not reasons:
-        return "dali"
-    if backend == "dali":
+    reasons = dali.missing(device)
+    if name == "dali" and reasons:
         raise InputError(f"the loader's backend dali cannot be used: {'; '.join(reasons)}")
-    return "torch"
+    return "dali" if name == "dali" or (not reasons and dali.is_ready(device)) else "torch"

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from archives import write_tars, write_tfrecords
 from PIL import Image
+from pretrain_runs import config, trace
 from test_loader import assert_same, loader, loader_threads, take
 
 from spd_fast import dali_build, recipes
@@ -19,6 +21,7 @@ from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import use_backend
+from spd_fast.pretrain import pretrain
 
 pytest.importorskip("nvidia.dali")
 pytestmark = pytest.mark.skipif(bool(dali_build.missing()), reason="; ".join(dali_build.missing()))
@@ -184,6 +187,37 @@ def dali_module():
     from spd_fast import dali
 
     return dali
+
+
+def test_auto_takes_dali_once_its_operators_are_built(jpegs, monkeypatch, tmp_path):
+    assert loader(jpegs).backend == "torch"  # SPD_FAST_LOADER, see conftest.py
+    monkeypatch.delenv("SPD_FAST_LOADER")
+    dali_build.build()
+    assert loader(jpegs).backend == "dali"
+    assert loader(jpegs, backend="torch").backend == "torch"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert loader(jpegs).backend == "torch" and dali(jpegs).backend == "dali"
+    monkeypatch.setenv("SPD_FAST_LOADER", "dali")
+    assert loader(jpegs).backend == "dali"
+    monkeypatch.setattr(dali_build, "compiler", lambda: None)
+    with pytest.raises(InputError, match="backend dali cannot be used: there is no C\\+\\+ comp"):
+        loader(jpegs)
+    monkeypatch.setenv("SPD_FAST_LOADER", "dalli")
+    with pytest.raises(InputError, match="is one of auto, torch, dali; got 'dalli'"):
+        loader(jpegs)
+
+
+def test_pretraining_is_the_same_run(jpegs, one_thread, tmp_path):
+    """From the folder by threads, and from tar shards by DALI."""
+    tars = write_tars(jpegs, tmp_path / "tars")
+    root = os.path.commonpath(jpegs.paths)
+    traces = []
+    for name, data, backend in (("one", [root], "torch"), ("two", tars, "dali")):
+        given = config("", tmp_path / name, loader=backend, epochs=1, max_steps=2)
+        assert pretrain(replace(given, data=list(map(str, data)))) == 0
+        traces.append(trace(tmp_path / name))
+        assert json.loads((tmp_path / name / "run.json").read_text())["loader"] == backend
+    assert traces[0] == traces[1] and len(traces[0]) == 2
 
 
 def test_a_failure_that_is_not_an_image_is_told(jpegs):
