@@ -136,7 +136,7 @@ class DaliMaker:
 
     def read(self, path: str | Path | ImageInArchive) -> bytes | np.ndarray:
         """What DALI gets of an image."""
-        if str(path) in self.undecodable:
+        if self.undecodable and str(path) in self.undecodable:
             return _uncompressed(path)
         data = read_bytes(path)
         return data if _is_plain_jpeg(data) else _uncompressed(path)
@@ -161,7 +161,11 @@ class DaliMaker:
                 dtype=[types.UINT8, types.INT64],
                 ndim=[1, 1],
             )
-            images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu")
+            images = fn.decoders.image(
+                encoded,
+                device="mixed" if gpu else "cpu",
+                jpeg_fancy_upsampling=True,  # of chroma, on a GPU as on a CPU
+            )
             outputs = (images, places)
             if self.has_operator:
                 outputs = self._operators(images, places)
@@ -181,7 +185,6 @@ class DaliMaker:
             images,
             places,
             ranges=" ".join(map(repr, table.ravel().tolist())),
-            key=loader.seed,
             size=size,
         )
         views = fn.spd.augment_views(
@@ -255,10 +258,12 @@ class _Job:
         return not any(failed) and np.array_equal(self.indices, self.wanted)
 
     def inputs(self) -> tuple[list[np.ndarray], np.ndarray]:
-        """Encoded images, and (N, 2) int64 epochs and indices; waits for them."""
+        """Encoded images, and (N, 3) int64 seeds, epochs and indices; waits for them."""
         for task in self.tasks:
             task.result()
-        return self.encoded, np.stack([np.full_like(self.indices, self.epoch), self.indices], 1)
+        places = np.empty((len(self.indices), 3), np.int64)
+        places[:, 0], places[:, 1], places[:, 2] = self.loader.seed, self.epoch, self.indices
+        return self.encoded, places
 
 
 class _Feed:

@@ -116,7 +116,9 @@ def test_a_state_continues_exactly_with_other_threads_and_in_either_backend(jpeg
     first = dali(jpegs)
     assert_same(take(first, done), expected[:done])
     state = json.loads(json.dumps(first.state_dict()))
-    for resumed in (dali(jpegs, workers=1, seed=99), dali(jpegs, workers=3), loader(jpegs)):
+    begun = dali(jpegs, seed=99)
+    take(begun, 2)
+    for resumed in (dali(jpegs, workers=1), dali(jpegs, workers=3), begun, loader(jpegs)):
         resumed.load_state_dict(state)
         assert_same(take(resumed, 14 - done), expected[done:])
 

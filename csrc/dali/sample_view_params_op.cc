@@ -16,7 +16,7 @@ using namespace ::dali;  // NOLINT: DALI's enums moved between namespaces
 class SampleViewParams : public ::dali::StatelessOperator<CPUBackend> {
   public:
     explicit SampleViewParams(const ::dali::OpSpec& spec)
-        : ::dali::StatelessOperator<CPUBackend>(spec), key_(spec.GetArgument<int64_t>("key")) {
+        : ::dali::StatelessOperator<CPUBackend>(spec) {
         const auto size = spec.GetRepeatedArgument<int>("size");
         DALI_ENFORCE(size.size() == 2, "size must be the height and width of the views, pixels");
         height_ = size[0];
@@ -38,10 +38,10 @@ class SampleViewParams : public ::dali::StatelessOperator<CPUBackend> {
   protected:
     bool SetupImpl(std::vector<::dali::OutputDesc>& outputs, const ::dali::Workspace& ws) override {
         const auto& places = ws.Input<CPUBackend>(1);
-        const ::dali::TensorShape<> shape{2};
+        const ::dali::TensorShape<> shape{3};
         DALI_ENFORCE(places.type() == DALI_INT64 &&
                          places.shape() == ::dali::uniform_list_shape(places.num_samples(), shape),
-                     "places must be int64: an epoch and an index for each image");
+                     "places must be int64: a seed, an epoch and an index for each image");
         DALI_ENFORCE(ws.GetInputDim(0) == 3, "images must be (height, width, 3)");
         const ::dali::TensorShape<> rows{int64_t(ranges_.size()), view_columns};
         outputs.resize(1);
@@ -57,13 +57,12 @@ class SampleViewParams : public ::dali::StatelessOperator<CPUBackend> {
             const int64_t* place = places.tensor<int64_t>(i);
             const auto size = sizes.tensor_shape_span(i);
             auto* rows = reinterpret_cast<ViewParams*>(out.mutable_tensor<float>(i));
-            draw_views(ranges_.data(), int(ranges_.size()), uint64_t(key_), uint64_t(place[0]),
-                       uint64_t(place[1]), double(size[0]), double(size[1]), height_, width_, rows);
+            draw_views(ranges_.data(), int(ranges_.size()), uint64_t(place[0]), uint64_t(place[1]),
+                       uint64_t(place[2]), double(size[0]), double(size[1]), height_, width_, rows);
         }
     }
 
   private:
-    int64_t key_;
     int height_, width_;
     std::vector<ViewRanges> ranges_;
 };
@@ -73,10 +72,11 @@ class SampleViewParams : public ::dali::StatelessOperator<CPUBackend> {
 DALI_SCHEMA(spd__SampleViewParams)
     .DocStr(
         "Rows of view parameters, (views, 27) float32 for each image, as "
-        "spd_fast.sample_view_params draws them: each row is a function of the key, the epoch, the "
+        "spd_fast.sample_view_params draws them: each row is a function of the seed, the epoch, "
+        "the "
         "image's index and the view alone.\n\n"
         "The first input is the decoded images, of which only the sizes are looked at; the second "
-        "the epoch and the index of each image in its data set, (2,) int64.")
+        "holds, for each image, the seed, the epoch and its index in the data set, (3,) int64.")
     .NumInput(2)
     .NumOutput(1)
     .InputDevice(0, ::dali::InputDevice::Metadata)
@@ -84,7 +84,6 @@ DALI_SCHEMA(spd__SampleViewParams)
             "numbers separated by blanks, 29 for each view: spd_fast.views.range_table(recipe, "
             "height, width)",
             ::dali::type2id<std::string>::value)
-    .AddOptionalArg("key", "the seed, at least 0", int64_t(0))
     .AddOptionalArg("size", "height and width of the views, pixels", std::vector<int>{224, 224});
 
 DALI_REGISTER_OPERATOR(spd__SampleViewParams, ::spd::SampleViewParams, ::dali::CPU);
