@@ -1,7 +1,9 @@
 // The DALI operator fn.spd.sample_view_params: sizes of images and their places in the data set in,
 // rows of parameters out.
 
-#include <cstdlib>
+#include <iterator>
+#include <locale>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -21,15 +23,10 @@ class SampleViewParams : public ::dali::StatelessOperator<CPUBackend> {
         DALI_ENFORCE(size.size() == 2, "size must be the height and width of the views, pixels");
         height_ = size[0];
         width_ = size[1];
-        const auto text = spec.GetArgument<std::string>("ranges");
-        const char* at = text.c_str();
-        std::vector<double> numbers;
-        for (char* end;; at = end) {
-            const double number = std::strtod(at, &end);
-            if (end == at) break;
-            numbers.push_back(number);
-        }
-        DALI_ENFORCE(*at == 0 && !numbers.empty() && numbers.size() % range_columns == 0,
+        std::istringstream text(spec.GetArgument<std::string>("ranges"));
+        text.imbue(std::locale::classic());  // whatever the program's decimal point is
+        const std::vector<double> numbers{std::istream_iterator<double>(text), {}};
+        DALI_ENFORCE(text.eof() && !numbers.empty() && numbers.size() % range_columns == 0,
                      "ranges must hold 29 numbers for each view");
         ranges_.resize(numbers.size() / range_columns);
         memcpy(ranges_.data(), numbers.data(), numbers.size() * sizeof(double));
