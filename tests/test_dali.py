@@ -16,12 +16,13 @@ from PIL import Image
 from pretrain_runs import config, trace
 from test_loader import assert_same, loader, loader_threads, take
 
-from spd_fast import dali_build, recipes
+from spd_fast import augment_views, dali_build, recipes, sample_view_params
 from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import use_backend
 from spd_fast.pretrain import pretrain
+from spd_fast.views import COLUMN, range_table
 
 pytest.importorskip("nvidia.dali")
 pytestmark = pytest.mark.skipif(bool(dali_build.missing()), reason="; ".join(dali_build.missing()))
@@ -227,6 +228,77 @@ def test_a_failure_that_is_not_an_image_is_told(jpegs):
     source.size = 0
     with pytest.raises(RuntimeError, match="size must be the height and width"):
         take(source, 1)
+
+
+def run_operators(images, places, **settings) -> list[torch.Tensor]:
+    """Our operators in a pipeline of one's own."""
+    from nvidia.dali import fn, pipeline_def
+
+    dali_build.load()
+    given = settings.pop("params", None)
+    table = range_table(recipes.simsiam(), 16, 16)
+    settings.setdefault("size", [16, 16])
+
+    @pipeline_def(batch_size=len(images), num_threads=2, device_id=None, prefetch_queue_depth=1)
+    def pipeline():
+        x = fn.external_source(lambda: images, layout="HWC")
+        place = fn.external_source(lambda: places)
+        params = fn.spd.sample_view_params(
+            x, place, ranges=" ".join(map(repr, table.ravel().tolist())), size=[16, 16]
+        )
+        if given is not None:
+            params = fn.external_source(lambda: given.numpy())  # of tensors DALI asks torch's GPU
+        return fn.spd.augment_views(x, params, **settings), params
+
+    return [torch.from_dlpack(out.as_tensor()) for out in pipeline().run()]
+
+
+def some_images() -> tuple[list[np.ndarray], np.ndarray]:
+    """And their places: seed, epoch, index."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((30, 20), (5, 9))]
+    return images, np.array([[7, 3, 11], [2**40, 0, 2**33]])
+
+
+def test_the_operators_in_a_pipeline_of_ones_own():
+    images, places = some_images()
+    views, params = run_operators(images, places)
+    for i, (seed, epoch, index) in enumerate(places.tolist()):
+        size = images[i].shape[:2]
+        rows = sample_view_params(recipes.simsiam(), [size], [index], epoch, seed, 16)
+        assert torch.equal(params[i], rows[0])
+        assert torch.equal(views[i], augment_views([images[i]], rows, 16)[:, 0])
+    for settings in ({"channels_last": True}, {"views_first": True}):
+        others, _ = run_operators(images, places, **settings)
+        if "channels_last" in settings:
+            others = others.permute(0, 1, 4, 2, 3)
+        else:
+            others = others.view(4, 2, 3, 16, 16).transpose(0, 1)
+        assert torch.equal(others, views)
+
+
+def test_the_operators_refuse_what_they_cannot_take():
+    images, places = some_images()
+    _, params = run_operators(images, places)
+    outside = params.clone()
+    outside[1, 2, COLUMN["crop_top"]] = 15
+    circle = params.clone()
+    circle[0, 0, COLUMN["source"]] = 2
+    for match, given in {
+        "parameters of image 1 of the batch are not valid": {"params": outside},
+        "parameters of image 0 of the batch are not valid": {"params": circle},
+        "params must be .views, 27.": {"params": params[..., :20].contiguous()},
+        "params must be float32": {"params": params.double()},
+        "dtype is one of float32.* got int8": {"dtype": "int8"},
+        "std must be above 0": {"std": [0.0, 1.0, 1.0]},
+        "size must be": {"size": [0, 16]},
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            run_operators(images, places, **given)
+    with pytest.raises(RuntimeError, match="images must be uint8"):
+        run_operators([image.astype(np.float32) for image in images], places)
+    with pytest.raises(RuntimeError, match="places must be int64"):
+        run_operators(images, places[:, :2].copy())
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
