@@ -65,14 +65,14 @@ class DaliMaker:
         self.has_operator = _load_operator(loader)
         self.feed = _Feed()
         self.pipeline = None
-        self.process = os.getpid()
+        self.process, self.busy = os.getpid(), False
         self.undecodable: set[str] = set()  # by DALI, but not by `read_image`
 
     def made(self, epoch: int, samples: np.ndarray) -> Iterator[Made]:
         """The batches of these samples (batches, N), in order."""
-        stop = threading.Event()
+        stop, process = threading.Event(), os.getpid()
         pool = ThreadPoolExecutor(self.loader.workers, thread_name_prefix="spd-fast-loader")
-        finished = False
+        finished, self.busy = False, True
         try:
             self._prepare()
             self.feed.jobs = (_Job(self, pool, stop, epoch, indices) for indices in samples)
@@ -84,10 +84,15 @@ class DaliMaker:
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            if self.process == os.getpid():
+            if process == os.getpid():  # else it is the parent's pipeline that this one had
                 if not finished:
                     self.pipeline = None
                 self.feed.clear()
+                self.busy = False
+
+    def is_busy(self) -> bool:
+        """Whether somebody iterates already."""
+        return self.busy and self.process == os.getpid()
 
     def _prepare(self) -> None:
         has_operator = _load_operator(self.loader)

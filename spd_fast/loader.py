@@ -141,10 +141,7 @@ class ViewLoader:
                 f"a batch needs {batch_size * world_size} images, but the data has only "
                 f"{len(self.data)}"
             )
-        if self.backend == "dali":
-            from spd_fast.dali import DaliMaker
-
-            self._dali = DaliMaker(self)
+        self._dali = _new_dali_maker(self) if self.backend == "dali" else None
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -169,6 +166,8 @@ class ViewLoader:
     def _made(self, epoch: int, samples: np.ndarray) -> Iterator[Made]:
         if self.backend == "torch":
             return self._made_by_threads(epoch, samples)
+        if self._dali.is_busy():  # with another iteration
+            return _new_dali_maker(self).made(epoch, samples)
         return self._dali.made(epoch, samples)
 
     def _made_by_threads(self, epoch: int, samples: np.ndarray) -> Iterator[Made]:
@@ -316,6 +315,12 @@ class ViewLoader:
             )
         self.seed, self.epoch, self.next_batch = state["seed"], state["epoch"], state["next_batch"]
         self.bad_images = dict(state["bad_images"])
+
+
+def _new_dali_maker(loader: ViewLoader):
+    from spd_fast.dali import DaliMaker
+
+    return DaliMaker(loader)
 
 
 def _pick_backend(asked: str, device: torch.device) -> str:

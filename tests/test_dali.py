@@ -301,6 +301,19 @@ def test_the_operators_refuse_what_they_cannot_take():
         run_operators(images, places[:, :2].copy())
 
 
+def test_two_iterations_of_one_loader_do_not_meet(jpegs):
+    expected = take(loader(jpegs), 3)
+    source = dali(jpegs)
+    first = iter(source)
+    batches = [next(first)]
+    second = iter(source)  # from where the loader stands
+    batches += [next(second)]
+    assert_same(batches + [next(second)], expected)
+    assert torch.equal(next(first).views, expected[1].views)
+    first.close()
+    assert torch.equal(next(second).views, take(loader(jpegs), 4)[3].views)
+
+
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_leaving_early_ends_threads_and_goes_on(jpegs, error):
     source = dali(jpegs)

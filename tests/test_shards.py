@@ -1,6 +1,7 @@
 """Archives of images: the same batches as from the folder that they were made of."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_bytes, read_image, read_size
 from spd_fast.datasets.shards import ImageShards, open_images
 from spd_fast.errors import InputError
+
+real = tarfile.open
 
 
 @pytest.fixture
@@ -119,6 +122,36 @@ def test_what_else_lies_in_a_tar(tmp_path):
     assert [data.classes[k] for k in data.labels] == ["a", "7", "n01", "l" * 150]
     with pytest.raises(InputError, match="n01.tar: 3.jpg: the file is empty"):
         read_image(data.paths[2])
+
+
+def test_an_index_of_dali_is_used_if_it_fits(folder, tmp_path, monkeypatch):
+    wds2idx = pytest.importorskip("wds2idx")
+    (archive,) = write_tars(folder, tmp_path / "tar", shards=1)
+    index = archive.with_suffix(".idx")
+    creator = wds2idx.IndexCreator(str(archive), str(index), verbose=False)
+    creator.create_index()
+    creator.close()
+    without = open_images(write_tars(folder, tmp_path / "other", shards=1))
+    expected = [image[1:] for image in without.paths], without.labels
+    opened = []
+    monkeypatch.setattr(tarfile, "open", lambda *args: opened.append(1) or real(*args))
+    data = open_images(archive)
+    assert ([image[1:] for image in data.paths], data.labels) == expected and not opened
+    good = index.read_text()
+    for bad in (
+        "",
+        "v1.2 22",
+        good.replace("v1.2", "v1.1"),
+        good[:-3],
+        good.replace(" 512 ", " x "),
+    ):
+        index.write_text(bad)
+        data = open_images(archive)
+        assert ([image[1:] for image in data.paths], data.labels) == expected and opened.pop()
+    index.write_text(good)
+    os.utime(index, (0, 0))  # the archive has changed since
+    open_images(archive)
+    assert opened
 
 
 def test_damaged_archives(folder, tmp_path):

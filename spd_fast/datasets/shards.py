@@ -19,6 +19,7 @@ from spd_fast.errors import InputError
 
 TFRECORD_NAME = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$")  # train-00000-of-01024
 MOST_CLASSES = 1_000_000  # when they are numbered
+Member = tuple[str, int, int]  # of a tar file: name, offset and size
 
 
 class ImageShards:
@@ -112,27 +113,54 @@ def _images_of(archive: str) -> Iterator[tuple[ImageInArchive, str]]:
 
 def _images_of_tar(archive: str) -> Iterator[tuple[ImageInArchive, str]]:
     images, classes = [], {}
+    with open(archive, "rb", buffering=0) as file:
+        for member, offset, size in _indexed_members(archive) or _tar_members(archive):
+            folder, name = os.path.split(member.removeprefix("./"))
+            key = folder, name.split(".", 1)[0]  # what belongs together, as WebDataset has it
+            if name.startswith("."):
+                continue
+            if name.endswith(".cls"):
+                text = os.pread(file.fileno(), min(size, 1024), offset)
+                classes[key] = _class_name(text, archive, member)
+            elif is_image_name(name):
+                images.append((key, ImageInArchive(archive, member, offset, size)))
+    own_name = Path(archive).stem
+    for key, image in images:
+        yield image, classes.get(key) or key[0].split("/", 1)[0] or own_name
+
+
+def _tar_members(archive: str) -> Iterator[Member]:
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
                 tar.members = []  # it would keep a record of every member
-                folder, name = os.path.split(member.name.removeprefix("./"))
-                if not member.isreg() or member.issparse() or name.startswith("."):
-                    continue
-                key = folder, name.split(".", 1)[0]  # what belongs together, as WebDataset has it
-                if name.endswith(".cls"):
-                    text = tar.extractfile(member).read()
-                    classes[key] = _class_name(text, archive, member.name)
-                elif is_image_name(name):
-                    where = ImageInArchive(archive, member.name, member.offset_data, member.size)
-                    images.append((key, where))
+                if member.isreg() and not member.issparse():
+                    yield member.name, member.offset_data, member.size
     except tarfile.TarError as error:
         raise InputError(
             f"cannot read the archive {archive}: {error}; expected a plain tar file, not compressed"
         ) from error
-    own_name = Path(archive).stem
-    for key, image in images:
-        yield image, classes.get(key) or key[0].split("/", 1)[0] or own_name
+
+
+def _indexed_members(archive: str) -> list[Member]:
+    """From an index beside the archive, 0001.idx for 0001.tar, as DALI's wds2idx writes it: after
+    a first line, a line for each sample with suffix, offset, size and name of its members. Reading
+    it takes a tenth of the time. Empty without one, or if it is older, damaged or ambiguous."""
+    index = Path(archive).with_suffix(".idx")
+    try:
+        if index.stat().st_mtime < os.path.getmtime(archive):
+            return []
+        text = index.read_text(encoding="utf-8")
+        first, *lines = text.splitlines()
+        members = []
+        for line in lines:
+            words = line.split(" ")
+            offsets, sizes, names = (words[k::4] for k in (1, 2, 3))
+            members += zip(names, map(int, offsets), map(int, sizes), strict=True)
+    except (OSError, ValueError):  # of the latter also what is no UTF-8
+        return []
+    whole = first == f"v1.2 {len(lines)}" and text.endswith("\n")
+    return members if whole else []
 
 
 def _class_name(text: bytes, archive: str, member: str) -> str:
