@@ -170,6 +170,7 @@ class DaliMaker:
                 encoded,
                 device="mixed" if gpu else "cpu",
                 jpeg_fancy_upsampling=True,  # of chroma, on a GPU as on a CPU
+                affine=False,  # else the ranks of a node would all bind threads to its first cores
             )
             outputs = (images, places)
             if self.has_operator:
