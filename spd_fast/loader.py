@@ -65,7 +65,7 @@ class ViewLoader:
     `bad_images`.
 
     A batch's memory is used again once nothing refers to the batch; for that the loader keeps the
-    memory of up to AHEAD + 1 batches.
+    memory of up to AHEAD + 2 batches.
 
     Args:
         data: directories of images, or archives (tar shards, TFRecord files): what `open_images` of
@@ -131,7 +131,8 @@ class ViewLoader:
         self.device = pick_device(str(device))
         self.backend = _pick_backend(backend, self.device)
         self.labels = np.asarray(self.data.labels, dtype=np.int64)
-        self._unused: deque[Tensor] = deque(maxlen=AHEAD + 1)  # memory of batches that are gone
+        # Memory of batches that are gone; as many as there are while the consumer still holds one.
+        self._unused: deque[Tensor] = deque(maxlen=AHEAD + 2)
         self.epoch = 0
         self.next_batch = 0  # within the epoch; what the consumer has not had yet
         self.bad_images: dict[str, str] = {}
