@@ -162,7 +162,7 @@ class DaliMaker:
             encoded, places = fn.external_source(
                 self.feed.take,
                 num_outputs=2,
-                no_copy=True,
+                no_copy=not gpu,  # for a GPU DALI copies into pinned memory
                 dtype=[types.UINT8, types.INT64],
                 ndim=[1, 1],
             )
