@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/dali/*)
 # Set by CI: warnings of the compiler are errors.
 INSTALL_FLAGS ?=
 

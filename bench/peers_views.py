@@ -244,15 +244,17 @@ def albumentations() -> Library:
 # ------------------------------------------------------------------------------------------- DALI
 
 
-def dali(batch: int, device: str = "cpu") -> Peer:
-    """DALI's own operators; the arguments of one batch come in as arrays. On a "gpu" the images do
-    so too: they are copied there."""
+def dali_pipeline(
+    job: dict[str, Any], batch: int, encoded: bool = False, device: str = "cpu", **settings
+):
+    """The four views by DALI's own operators. The arguments of one batch come in as arrays:
+    job["rows"] (N, 4, 27), and job["images"], decoded or encoded. On a "gpu" decoded images do so
+    too: they are copied there."""
     from nvidia.dali import fn, pipeline_def, types
 
     box = ("top", "left", "height", "width")
     twist = ("brightness", "contrast", "saturation", "hue")
     prefixes = ("", "patch_")
-    job: dict[str, Any] = {}
 
     def arguments() -> Iterator[np.ndarray]:
         """Of each view: crop's start and end, jitter on, its amounts, blur on, sigma, flip."""
@@ -284,16 +286,15 @@ def dali(batch: int, device: str = "cpu") -> Peer:
 
     @pipeline_def(
         batch_size=batch,
-        num_threads=1,
         device_id=0 if device == "gpu" else None,
-        exec_async=False,
-        exec_pipelined=False,
-        exec_dynamic=False,
-        prefetch_queue_depth=1,
         enable_conditionals=True,
+        **settings,
     )
     def pipeline():
-        images = fn.external_source(lambda: job["images"], layout="HWC", no_copy=True)
+        layout = None if encoded else "HWC"
+        images = fn.external_source(lambda: job["images"], layout=layout, no_copy=True)
+        if encoded:
+            images = fn.decoders.image(images)
         given = fn.external_source(
             lambda: [np.ascontiguousarray(a) for a in arguments()], num_outputs=count
         )
@@ -351,6 +352,21 @@ def dali(batch: int, device: str = "cpu") -> Peer:
 
     built = pipeline()
     built.build()
+    return built
+
+
+def dali(batch: int, device: str = "cpu") -> Peer:
+    job: dict[str, Any] = {}
+    built = dali_pipeline(
+        job,
+        batch,
+        device=device,
+        num_threads=1,
+        exec_async=False,
+        exec_pipelined=False,
+        exec_dynamic=False,
+        prefetch_queue_depth=1,
+    )
 
     def views(images: list[np.ndarray], rows: torch.Tensor) -> list:
         job.update(images=images, rows=rows)

@@ -17,6 +17,7 @@ namespace spd {
     SPD_DECLARE_GAUSSIAN(isa) SPD_DECLARE_KCENTER(isa) SPD_DECLARE_NEAREST(isa)
 #define SPD_KERNELS(isa, name, supported) \
     {name,                                \
+     SPD_FLAGS_##isa,                     \
      supported,                           \
      isa::augment_image,                  \
      isa::mahalanobis,                    \
@@ -105,6 +106,7 @@ static py::dict build_config() {
     config["openmp"] = false;
 #endif
     config["compiler"] = __VERSION__;
+    config["flags_of_views"] = kernels->flags_of_views;
 #ifdef SPD_HAVE_CUDA
     config["cuda"] = cuda_config();
 #else

@@ -24,6 +24,7 @@ namespace spd {
 
 struct Kernels {
     const char* name;
+    const char* flags_of_views;  // augment_views.cpp was compiled with these
     bool supported;
     bool (*augment_image)(const AugmentArgs&, int64_t);
     bool (*mahalanobis)(const MahalanobisArgs&, int64_t, int64_t);

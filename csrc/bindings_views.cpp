@@ -1,47 +1,15 @@
 // augment_views and the random numbers behind its parameters.
 
 #include <atomic>
-#include <cmath>
 
 #include "bindings.h"
-#include "philox.h"
+#include "view_params.h"
+#include "views_check.h"
 
 namespace spd {
 
-static bool is_whole(float v) { return v == std::floor(v); }
-
-static bool is_inside(float start, float length, float room) {
-    return start >= 0 && length >= 1 && start + length <= room;
-}
-
-static bool is_valid(const ViewParams& p, float source_height, float source_width, float height,
-                     float width) {
-    const float* number = &p.source;
-    for (int i = 0; i < view_columns; ++i)
-        if (!std::isfinite(number[i])) return false;
-    for (const float v :
-         {p.source, p.crop_top, p.crop_left, p.crop_height, p.crop_width, p.flip, p.jitter_order,
-          p.grayscale, p.patch_kind, p.patch_top, p.patch_left, p.patch_height, p.patch_width,
-          p.target_top, p.target_left, p.patch_jitter_order})
-        if (!is_whole(v)) return false;
-    for (const float v : {p.jitter_order, p.patch_kind, p.patch_jitter_order, p.brightness,
-                          p.contrast, p.blur_sigma, p.alpha_sigma_y, p.alpha_sigma_x})
-        if (v < 0) return false;
-    if (p.jitter_order > 23 || p.patch_jitter_order > 23 || p.patch_kind > cut_paste ||
-        !is_inside(p.crop_top, p.crop_height, source_height) ||
-        !is_inside(p.crop_left, p.crop_width, source_width))
-        return false;
-    return p.patch_kind == no_patch ||
-           (p.alpha_sigma_y <= most_alpha_sigma && p.alpha_sigma_x <= most_alpha_sigma &&
-            is_inside(p.patch_top, p.patch_height, height) &&
-            is_inside(p.patch_left, p.patch_width, width) &&
-            is_inside(p.target_top, p.patch_height, height) &&
-            is_inside(p.target_left, p.patch_width, width));
-}
-
 // Whether all views can be made, in some order. What is wrong is for Python to explain.
 static bool are_valid(const AugmentArgs& args, const std::vector<int64_t>& buffer_sizes) {
-    std::vector<bool> made(args.views);
     for (int64_t n = 0; n < args.images; ++n) {
         const int64_t* at = args.layout + 4 * n;
         const int64_t buffer = at[0], offset = at[1], height = at[2], width = at[3];
@@ -49,27 +17,9 @@ static bool are_valid(const AugmentArgs& args, const std::vector<int64_t>& buffe
             width < 1 || height >= most_side || width >= most_side ||
             offset > buffer_sizes[buffer] || height * width * 3 > buffer_sizes[buffer] - offset)
             return false;
-        const ViewParams* rows = args.params + n * args.views;
-        for (int v = 0; v < args.views; ++v) {
-            const float source = rows[v].source;
-            if (!(is_whole(source) && source >= -1 && source < args.views)) return false;
-            const bool from_image = source < 0;
-            if (!is_valid(rows[v], from_image ? height : args.height,
-                          from_image ? width : args.width, args.height, args.width))
-                return false;
-        }
-        made.assign(args.views, false);
-        int left = args.views;
-        for (bool progress = true; progress;) {
-            progress = false;
-            for (int v = 0; v < args.views; ++v) {
-                const int source = int(rows[v].source);
-                if (made[v] || (source >= 0 && !made[source])) continue;
-                made[v] = progress = true;
-                --left;
-            }
-        }
-        if (left) return false;  // the sources of the views form a circle
+        if (!rows_are_valid(args.params + n * args.views, args.views, float(height), float(width),
+                            float(args.height), float(args.width)))
+            return false;
     }
     return true;
 }
@@ -144,25 +94,28 @@ static void augment_views(const std::vector<py::array>& buffers, const py::array
     if (out_of_memory) throw std::bad_alloc();  // MemoryError in Python
 }
 
-// What numpy's Philox(key=[seed, 0], counter=[0, view, index, epoch]) draws first, as numbers in
-// [0, 1): out is (indices, views, draws).
-static void philox_uniform(uint64_t seed, uint64_t epoch, const py::array& indices,
-                           const py::array& views, const py::array& out) {
-    require(out.ndim() == 3 && out.shape(2) % 4 == 0, "out must be 3-D, in blocks of 4 draws");
-    const int64_t n = out.shape(0), v = out.shape(1), blocks = out.shape(2) / 4;
+// Rows (indices, views, columns) of images of sizes (indices, 2), from a table of ranges (views,
+// range_columns).
+static void draw_view_rows(const py::array& ranges, const py::array& sizes,
+                           const py::array& indices, uint64_t epoch, uint64_t seed, int height,
+                           int width, const py::array& out) {
+    require(out.ndim() == 3, "out must be 3-D");
+    const int64_t n = out.shape(0), v = out.shape(1);
+    const auto* range =
+        reinterpret_cast<const ViewRanges*>(data_of<double>(ranges, "ranges", {v, range_columns}));
+    const int64_t* size = data_of<int64_t>(sizes, "sizes", {n, 2});
     const int64_t* index = data_of<int64_t>(indices, "indices", {n});
-    const int64_t* view = data_of<int64_t>(views, "views", {v});
-    double* draw = data_of<double>(out, "out", {n, v, 4 * blocks}, true);
-    for (int64_t i = 0; i < n * v; ++i) {
-        const uint64_t counter[4] = {0, uint64_t(view[i % v]), uint64_t(index[i / v]), epoch};
-        for (int64_t b = 0; b < blocks; ++b, draw += 4) uniform_block(counter, b, seed, draw);
-    }
+    auto* rows =
+        reinterpret_cast<ViewParams*>(data_of<float>(out, "out", {n, v, view_columns}, true));
+    for (int64_t i = 0; i < n; ++i)
+        draw_views(range, int(v), seed, epoch, uint64_t(index[i]), double(size[2 * i]),
+                   double(size[2 * i + 1]), height, width, rows + i * v);
 }
 
 void bind_views(py::module_& m) {
+    m.def("draw_view_rows", &draw_view_rows);
     m.def("augment_views", &augment_views);
     m.def("views_are_valid", &views_are_valid);
-    m.def("philox_uniform", &philox_uniform);
 }
 
 }  // namespace spd

@@ -6,6 +6,8 @@ SPD_SOURCES = ("anchor", "image")
 LOCAL_AUGS = ("smoothblend", "cutpaste")
 OPTIMIZERS = ("sgd", "lars")
 SCHEDULES = ("cosine", "steps")
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+LOADERS = ("auto", "torch", "dali")  # who makes the batches of views
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 # Of `evaluate`: which protocols a method is for.

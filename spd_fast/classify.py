@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spd_fast.datasets.folder import ImageFolder
+from spd_fast.datasets.shards import open_images
 from spd_fast.errors import InputError
 from spd_fast.files import read_state
 from spd_fast.held_out import labels_among, top_k
@@ -26,7 +26,7 @@ def classify(
 
     Args:
         checkpoint: of `pretrain` with the recipe supervised, or of `probe`.
-        data: directories, see `ImageFolder`; folders have the names that they had in training.
+        data: directories, see `open_images`; folders have the names that they had in training.
         size: of the centre that is cut out, pixels; None: that of training.
         device: "auto", "cpu" or "cuda".
         workers: threads that read images.
@@ -41,7 +41,7 @@ def classify(
     """
     device = pick_device(device)
     network, classes, trained_size = load_classifier(checkpoint)
-    images = ImageFolder(data)
+    images = open_images(data)
     labels = labels_among(classes, images, str(checkpoint))
     network.to(device, memory_format=torch.channels_last)
     found = top_k(network, images.paths, labels, size or trained_size, device, workers)

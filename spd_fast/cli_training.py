@@ -4,6 +4,7 @@ import argparse
 
 from spd_fast.choices import (
     ADAPT,
+    LOADERS,
     LOCAL_AUGS,
     OPTIMIZERS,
     PRECISIONS,
@@ -17,11 +18,18 @@ from spd_fast.errors import InputError
 
 
 def add_training_commands(commands) -> None:
+    command(commands, "dali-build", _dali_build, "build the operators for the installed DALI ahead")
     _add_views(commands)
     _add_pretrain(commands)
     _add_adapt(commands)
     _add_probe(commands)
     _add_classify(commands)
+
+
+def _dali_build(options) -> None:
+    from spd_fast.dali_build import build
+
+    print(f"the operators for DALI are in {build()}")
 
 
 # ----------------------------------------------------------------------------------------- views
@@ -53,7 +61,11 @@ def _add_pretrain(commands) -> None:
     parser = command(commands, "pretrain", _pretrain, "pre-train a backbone")
     add = _optional(parser)
     add("--config", metavar="FILE", help="settings of an earlier run: its config.yaml")
-    add("--data", nargs="+", help="directories of images, one or more")
+    add(
+        "--data",
+        nargs="+",
+        help="directories of images, or tar shards or TFRecord files, or a directory of these",
+    )
     parser.add_argument("--out", required=True, help="directory of the run")
     add(
         "--init",
@@ -138,6 +150,11 @@ def _add_settings(add) -> None:
     add("--precision", choices=PRECISIONS, help="default float32")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the backbone")
     add("--keep", type=int, help="checkpoints of the last epochs to keep, default 0")
+    add(
+        "--loader",
+        choices=LOADERS,
+        help="who makes the views: threads (torch), or DALI; default DALI on a GPU, if it is there",
+    )
     add("--workers", type=positive, help="threads that read and augment, default 2")
     add("--seed", type=seed, help="of order, views and first weights, default 0")
     add("--device", help="auto (default), cpu or cuda")

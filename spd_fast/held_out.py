@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spd_fast.datasets.folder import ImageFolder
 from spd_fast.datasets.images import read_image
+from spd_fast.datasets.shards import Images
 from spd_fast.errors import InputError
 from spd_fast.preprocess import Preset, prepare_image
 from spd_fast.threads import in_threads
@@ -17,7 +17,7 @@ from spd_fast.threads import in_threads
 BATCH = 64
 
 
-def labels_among(classes: Sequence[str], data: ImageFolder, what: str) -> list[int]:
+def labels_among(classes: Sequence[str], data: Images, what: str) -> list[int]:
     """Position in `classes` of the class of each image of `data`, by its name.
 
     Raises:

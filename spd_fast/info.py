@@ -4,15 +4,16 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from spd_fast.choices import DALI_PACKAGES
+
 PACKAGES = ("spd-fast", "torch", "torchvision", "numpy", "pillow", "scipy", "anomalib", "triton")
 MEASURED = Path(__file__).with_name("measured.txt")  # written by bench/gpu.py
-DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 
 def versions() -> dict[str, str]:
     """Version of Python and of every package that is installed and matters to the numbers."""
     found = {"python": platform.python_version()}
-    for name in (*PACKAGES, *DALI):
+    for name in (*PACKAGES, *DALI_PACKAGES):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -24,6 +25,7 @@ def describe() -> str:
     """The text that `spd-fast info` prints."""
     import torch
 
+    from spd_fast import dali_build
     from spd_fast.ops import (  # noqa: F401  they fill OPERATIONS
         augment_views,
         kcenter,
@@ -51,6 +53,8 @@ def describe() -> str:
             state = "; ".join(backend.missing()) or "available"
             name = operation if i == 0 else ""
             lines.append(f"  {name:<22}{backend.name:<11}{backend.device:<6}{state}")
+    lines += ["operators for DALI"]
+    lines += [f"  {name:<22}{state}" for name, state in dali_build.describe().items()]
     if MEASURED.exists():
         lines += [f"triton and cuda measured on {MEASURED.read_text().strip()}"]
     else:

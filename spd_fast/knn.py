@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spd_fast.datasets.folder import ImageFolder
+from spd_fast.datasets.shards import Images, open_images
 from spd_fast.held_out import labels_among, outputs
 
 BANK, QUERIES = 20_000, 5_000  # images at most, spread over the data
@@ -57,13 +57,13 @@ class KnnMonitor:
 
     def __init__(
         self,
-        train: ImageFolder,
+        train: Images,
         held_out: Iterable[str],
         size: int,
         device: torch.device,
         workers: int,
     ):
-        others = ImageFolder(held_out)
+        others = open_images(held_out)
         self.bank = _spread(train.paths, train.labels, BANK)
         self.queries = _spread(others.paths, labels_among(train.classes, others, "knn"), QUERIES)
         self.size, self.device, self.workers = size, device, workers

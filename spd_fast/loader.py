@@ -1,17 +1,19 @@
-"""The loader of pre-training: image files in, batches of views out, made by threads.
+"""The loader of pre-training: image files in, batches of views out, made by threads or by DALI.
 
 Which samples a batch holds, and how they are augmented, depends on the seed, the epoch and the
-place in it; never on the number of threads or ranks, or on where a run was interrupted. Threads are
-enough: decoding and augmenting release the GIL.
+place in it; never on the number of threads or ranks, on where a run was interrupted, or on who
+makes the views. Threads are enough: decoding and augmenting release the GIL.
 """
 
 import math
+import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from contextvars import copy_context
 from itertools import islice
 from pathlib import Path
@@ -21,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spd_fast.datasets.folder import ImageFolder
+from spd_fast.choices import LOADERS
 from spd_fast.datasets.images import read_image
+from spd_fast.datasets.shards import Images, open_images
 from spd_fast.errors import InputError
 from spd_fast.models import pick_device
 from spd_fast.ops.augment_views import augment_views
@@ -32,7 +35,6 @@ from spd_fast.views import COLUMNS, sample_view_params
 
 AHEAD = 2  # batches in the making while the consumer has one
 CHUNK = 16  # images per task: few enough to spread, enough to make the cost of the calls small
-BACKENDS = ("auto", "torch")
 
 
 class Batch(NamedTuple):
@@ -42,6 +44,9 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,) int64, class of each image
     indices: Tensor  # (N,) int64, place of each image in the data set; always on the CPU
     params: Tensor  # (N, V, 27) float32, of the views: see `spd_fast.views`; always on the CPU
+
+
+Made = tuple[Tensor, Tensor, np.ndarray]  # views, params and indices of a batch
 
 
 class ViewLoader:
@@ -60,18 +65,21 @@ class ViewLoader:
     `bad_images`.
 
     A batch's memory is used again once nothing refers to the batch; for that the loader keeps the
-    memory of up to AHEAD + 1 batches.
+    memory of up to AHEAD + 2 batches.
 
     Args:
-        data: an ImageFolder, or the directories to make one of.
+        data: directories of images, or archives (tar shards, TFRecord files): what `open_images` of
+            `spd_fast.datasets.shards` takes or has returned.
         recipe: the views to make, from `spd_fast.recipes`.
         batch_size: N, images per batch of this rank.
-        backend: "torch" (threads, this class); "auto" chooses it.
+        backend: who makes the batches, which are the same: "torch", threads of this class, or
+            "dali", see `spd_fast.dali`. "auto" is what SPD_FAST_LOADER says in the environment, or
+            else DALI if it is there, on a CPU only if its operators have been built already.
         size: S, height and width of the views, pixels.
         device: where the batches are delivered: "auto", "cpu" or "cuda", see `pick_device`.
         seed: of order and views, at least 0.
         rank, world_size: which part of each global batch is this process's.
-        workers: threads that read and augment.
+        workers: threads that read, decode and augment.
         skip_bad_images: replace unreadable images instead of raising.
         parts: pieces that the consumer will cut each batch into: the kth pieces of all ranks are
             the kth piece of the global batch.
@@ -83,13 +91,14 @@ class ViewLoader:
         wait_seconds: how long iterating has waited for views so far.
 
     Raises:
-        InputError: no images, fewer than one global batch, an argument out of range, or no such
-            device; while iterating, an unreadable image (the message names it).
+        InputError: no images, fewer than one global batch, an argument out of range, no such
+            device, or DALI is asked for and missing; while iterating, an unreadable image (the
+            message names it).
     """
 
     def __init__(
         self,
-        data: ImageFolder | str | Path | Iterable[str | Path],
+        data: Images | str | Path | Iterable[str | Path],
         recipe: Recipe,
         batch_size: int,
         backend: str = "auto",
@@ -104,8 +113,6 @@ class ViewLoader:
         dtype: torch.dtype = torch.float32,
         parts: int = 1,
     ):
-        if backend not in BACKENDS:
-            raise InputError(f"backend is one of {', '.join(BACKENDS)}; got {backend!r}")
         for name, value in (("batch_size", batch_size), ("workers", workers), ("size", size)):
             if value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -116,14 +123,16 @@ class ViewLoader:
                 f"seed must be at least 0 and rank within 0..world_size - 1, got seed {seed}, "
                 f"rank {rank}, world_size {world_size}"
             )
-        self.data = data if isinstance(data, ImageFolder) else ImageFolder(data)
+        self.data = data if isinstance(data, Images) else open_images(data)
         self.recipe, self.batch_size, self.size = recipe, batch_size, size
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.seed, self.skip_bad_images, self.parts = seed, skip_bad_images, parts
         self.channels_last, self.dtype = channels_last, dtype
         self.device = pick_device(str(device))
+        self.backend = _pick_backend(backend, self.device)
         self.labels = np.asarray(self.data.labels, dtype=np.int64)
-        self._unused: deque[Tensor] = deque(maxlen=AHEAD + 1)  # memory of batches that are gone
+        # Memory of batches that are gone; as many as there are while the consumer still holds one.
+        self._unused: deque[Tensor] = deque(maxlen=AHEAD + 2)
         self.epoch = 0
         self.next_batch = 0  # within the epoch; what the consumer has not had yet
         self.bad_images: dict[str, str] = {}
@@ -133,23 +142,48 @@ class ViewLoader:
                 f"a batch needs {batch_size * world_size} images, but the data has only "
                 f"{len(self.data)}"
             )
+        self._dali = _new_dali_maker(self) if self.backend == "dali" else None
 
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.data) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        process = os.getpid()
+        samples = self._samples(self.epoch)[self.next_batch :]
+        with closing(self._made(self.epoch, samples)) as made:
+            while True:
+                started = time.perf_counter()
+                batch = next(made, None)
+                self.wait_seconds += time.perf_counter() - started
+                if batch is None:
+                    return
+                self._advance()
+                yield self._batch(*batch)
+                batch = None  # or its memory could not be used again yet
+                if os.getpid() != process:  # the threads are the parent's
+                    raise InputError("batches cannot be taken on in a forked child: iterate anew")
+
+    def _made(self, epoch: int, samples: np.ndarray) -> Iterator[Made]:
+        if self.backend == "torch":
+            return self._made_by_threads(epoch, samples)
+        if self._dali.is_busy():  # with another iteration
+            return _new_dali_maker(self).made(epoch, samples)
+        return self._dali.made(epoch, samples)
+
+    def _made_by_threads(self, epoch: int, samples: np.ndarray) -> Iterator[Made]:
         stop = threading.Event()
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="spd-fast-loader")
         try:
-            samples = self._samples(self.epoch)[self.next_batch :]
-            jobs = (self._start(pool, stop, self.epoch, indices) for indices in samples)
+            jobs = (self._start(pool, stop, epoch, indices) for indices in samples)
             waiting = deque(islice(jobs, AHEAD))
             while waiting:
-                batch = self._finish(*waiting.popleft())
+                *made, tasks = waiting.popleft()
+                for task in tasks:
+                    task.result()
                 waiting.extend(islice(jobs, 1))
-                self._advance()
-                yield batch
+                yield tuple(made)
+                made = None
         finally:  # the epoch's end, an error here, or the consumer has left: no thread stays behind
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -219,8 +253,9 @@ class ViewLoader:
         params[:] = sample_view_params(self.recipe, sizes, indices, epoch, self.seed, self.size)
         augment_views(images, params, out=views, threads=1)
 
-    def read(self, index: int) -> tuple[np.ndarray, int]:
-        """The image at `index`, or the first readable one after it; and its index."""
+    def read(self, index: int, read: Callable | None = None) -> tuple[np.ndarray, int]:
+        """What `read` gives for the image at `index`, or for the first readable one after it; and
+        its index. By default the decoded image."""
         n = len(self.data)
         for step in range(n):
             candidate = (index + step) % n
@@ -228,20 +263,14 @@ class ViewLoader:
             if self.skip_bad_images and str(path) in self.bad_images:
                 continue
             try:
-                return read_image(path), candidate
+                return (read or read_image)(path), candidate
             except InputError as error:
                 if not self.skip_bad_images:
                     raise
                 self.bad_images[str(path)] = str(error)
         raise InputError(f"none of the {n} images of the data can be read")
 
-    def _finish(
-        self, views: Tensor, params: Tensor, indices: np.ndarray, tasks: list[Future]
-    ) -> Batch:
-        started = time.perf_counter()
-        for task in tasks:
-            task.result()
-        self.wait_seconds += time.perf_counter() - started
+    def _batch(self, views: Tensor, params: Tensor, indices: np.ndarray) -> Batch:
         labels = torch.from_numpy(self.labels[indices])
         return Batch(
             views.to(self.device, non_blocking=True),
@@ -287,3 +316,26 @@ class ViewLoader:
             )
         self.seed, self.epoch, self.next_batch = state["seed"], state["epoch"], state["next_batch"]
         self.bad_images = dict(state["bad_images"])
+
+
+def _new_dali_maker(loader: ViewLoader):
+    from spd_fast.dali import DaliMaker
+
+    return DaliMaker(loader)
+
+
+def _pick_backend(asked: str, device: torch.device) -> str:
+    """Either "torch" or "dali"."""
+    name = asked
+    if name == "auto":
+        name = os.environ.get("SPD_FAST_LOADER") or "auto"
+    if name not in LOADERS:
+        raise InputError(f"the loader's backend is one of {', '.join(LOADERS)}; got {name!r}")
+    if name == "torch":
+        return name
+    from spd_fast import dali
+
+    reasons = dali.missing(device)
+    if name == "dali" and reasons:
+        raise InputError(f"the loader's backend dali cannot be used: {'; '.join(reasons)}")
+    return "dali" if name == "dali" or (not reasons and dali.is_ready(device)) else "torch"

@@ -99,6 +99,7 @@ def _start(run: Run, out: Path, checkpoint: dict | None) -> int:
             save_checkpoint(out / "last.pt", run)
         found = {
             "device": str(run.loader.device),
+            "loader": run.loader.backend,
             "processes": world_size(),
             "steps": run.steps,
             "scaled_lr": run.lr,
@@ -191,6 +192,7 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
         _roots(config),
         getattr(recipes, config.recipe)(config.spd, config.local_aug, config.spd_source),
         part * config.accumulate,
+        config.loader,
         size=config.size,
         device=device,
         seed=config.seed,
@@ -226,7 +228,7 @@ def _new_run(config: PretrainConfig, device: torch.device, load_init: bool) -> R
 
 
 def _roots(config: PretrainConfig) -> str | Path | Sequence[str | Path]:
-    """What `ImageFolder` takes: directories, or the normal training images of a category."""
+    """What `open_images` takes: what was given, or the normal training images of a category."""
     if config.category is None:
         return config.data
     root = config.data if isinstance(config.data, str | Path) else config.data[0]

@@ -8,7 +8,7 @@ from typing import get_args
 import yaml
 
 from spd_fast.checks import check_at_least, check_choice, check_number
-from spd_fast.choices import OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES, SPD_LOSSES
+from spd_fast.choices import LOADERS, OPTIMIZERS, PRECISIONS, RECIPES, SCHEDULES, SPD_LOSSES
 from spd_fast.errors import InputError
 from spd_fast.files import write_text
 from spd_fast.methods import bn_groups
@@ -20,7 +20,7 @@ RECIPE_FILES = Path(__file__).parent / "recipes"
 class PretrainConfig:
     """What `spd-fast pretrain` takes. What is None is as the recipe's file has it."""
 
-    data: Sequence[str | Path]  # directories of images; with `category`, that of its data set
+    data: Sequence[str | Path]  # directories or archives of images; with `category`, its data set
     out: str | Path
     category: str | None = None  # only its normal training images, as `read_dataset` gives them
     recipe: str = "simsiam"
@@ -54,6 +54,7 @@ class PretrainConfig:
     compile: bool = False  # the backbone, by torch.compile
     knn: Sequence[str | Path] | None = None  # directories of other images, see `knn.KnnMonitor`
     keep: int = 0  # checkpoints of the last epochs that stay beside last.pt and best.pt
+    loader: str = "auto"  # or "torch", "dali": see `ViewLoader`
     workers: int = 2
     seed: int = 0
     device: str = "auto"
@@ -68,6 +69,7 @@ MAY_DIFFER = (
     "out",
     "epochs",
     "max_steps",
+    "loader",
     "workers",
     "device",
     "skip_bad_images",
@@ -211,6 +213,7 @@ def _check(config: PretrainConfig) -> None:
     check_choice(config, "optimizer", OPTIMIZERS)
     check_choice(config, "schedule", SCHEDULES)
     check_choice(config, "precision", PRECISIONS)
+    check_choice(config, "loader", LOADERS)
     for name in ("eta", "momentum", "weight_decay", "key_momentum"):
         check_number(config, name)
     for name in ("lr", "temperature"):

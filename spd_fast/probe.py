@@ -19,7 +19,7 @@ from tqdm import tqdm
 from spd_fast import recipes
 from spd_fast.checks import check_at_least, check_choice, check_number
 from spd_fast.choices import OPTIMIZERS, SCHEDULES
-from spd_fast.datasets.folder import ImageFolder
+from spd_fast.datasets.shards import Images, open_images
 from spd_fast.errors import InputError
 from spd_fast.files import (
     make_output_dir,
@@ -92,7 +92,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     loader: ViewLoader
     lr: float  # before the schedule
-    val: ImageFolder
+    val: Images
     labels: list[int]  # of `val`, as `loader` numbers them
     sha256: str | None  # of the file of weights
     history: list[dict]  # a line of metrics.jsonl for each epoch that is done
@@ -236,7 +236,7 @@ def _new_run(config: ProbeConfig) -> _Run:
     classes = loader.data.classes
     if len(classes) < 2:
         raise InputError("probe needs images of at least two classes, a folder each, got one")
-    val = ImageFolder(config.val)
+    val = open_images(config.val)
     labels = labels_among(classes, val, "val")
     backbone = load_backbone(config.backbone, config.weights, config.seed)
     head = new_head(backbone.fc.in_features, len(classes), config.feature_norm, config.seed)

@@ -115,8 +115,13 @@ def sample_view_params(
         raise InputError(f"image sizes must be at least 1 x 1, got {sizes.min(0).tolist()}")
     if not (0 <= epoch < 2**63 and 0 <= seed < 2**63) or (indices < 0).any():
         raise InputError(f"seed {seed}, epoch {epoch} and indices must be in 0..2^63 - 1")
-    views = np.arange(len(recipe))
-    draws = _uniform(seed, epoch, indices, views)
+    if native is not None:  # numpy takes as long for a few images as making some of their views
+        rows = np.empty((len(indices), len(recipe), len(COLUMNS)), np.float32)
+        table = range_table(tuple(recipe), height, width)
+        sizes = np.ascontiguousarray(sizes)
+        native.draw_view_rows(table, sizes, indices, epoch, seed, height, width, rows)
+        return torch.from_numpy(rows)
+    draws = _uniform(seed, epoch, indices, np.arange(len(recipe)))
     rows = _sample_rows(_ranges(tuple(recipe)), sizes, draws, height, width)
     return torch.from_numpy(rows.astype(np.float32))
 
@@ -142,9 +147,6 @@ def _uniform(seed: int, epoch: int, indices: np.ndarray, views: np.ndarray) -> n
     It is the beginning of the stream that numpy's Philox gives for a key and counter of its own.
     """
     draws = np.empty((len(indices), len(views), _DRAWS))
-    if native is not None:  # making a numpy generator per row takes longer than making the views
-        native.philox_uniform(seed, epoch, indices, views, draws)
-        return draws
     for n, index in enumerate(indices.tolist()):
         for v, view in enumerate(views.tolist()):
             philox = np.random.Philox(key=[seed, 0], counter=[0, view, index, epoch])
@@ -192,6 +194,19 @@ def _ranges(recipe: Recipe) -> _Ranges:
         patch_jitter=amounts([PATCH_JITTER if spec.patch else None for spec in recipe]),
         patch_kind=each(PATCH_KINDS[spec.patch] for spec in recipe),
     )
+
+
+@lru_cache
+def range_table(recipe: Recipe, height: int, width: int) -> np.ndarray:
+    """(V, 29) float64: the recipe's ranges for views of this size, as `csrc/view_params.h` takes
+    them. It draws the same rows as `_sample_rows`."""
+    ranges = _ranges(recipe)
+    smooth = ranges.patch_kind == PATCH_KINDS["smoothblend"]
+    columns = [ranges.source, *ranges.area, *ranges.aspect, *np.log(ranges.aspect), ranges.flip]
+    columns += [ranges.grayscale, *ranges.blur, ranges.blur_probability, *ranges.jitter]
+    columns += [*ranges.patch_jitter, ranges.patch_kind, *PATCH_AREA, *np.log(PATCH_ASPECT)]
+    columns += [smooth * PATCH_ALPHA_SIGMA * side / 224 for side in (height, width)]
+    return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float64)
 
 
 def _sample_rows(

@@ -251,8 +251,8 @@ def test_arguments_out_of_range(folder):
     for name in ("batch_size", "workers"):
         with pytest.raises(InputError, match=f"{name} must be at least 1, got 0"):
             loader(folder, **{name: 0})
-    with pytest.raises(InputError, match="auto, torch; got 'dali'"):
-        loader(folder, backend="dali")
+    with pytest.raises(InputError, match="auto, torch, dali; got 'tensorflow'"):
+        loader(folder, backend="tensorflow")
     with pytest.raises(InputError, match="rank 2, world_size 2"):
         loader(folder, rank=2, world_size=2)
     with pytest.raises(InputError, match="seed -1"):

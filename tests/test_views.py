@@ -38,15 +38,25 @@ def test_a_row_depends_on_seed_epoch_index_and_view_alone():
     assert not torch.equal(whole[:, 2, 1:13], whole[:, 3, 1:13])  # the weak draws are independent
 
 
-def test_the_random_numbers_are_those_of_numpy(monkeypatch):
-    indices, arrays = np.array([0, 7, 2**62]), np.arange(3)
-    for seed, epoch in ((0, 0), (2**63 - 1, 5), (3, 2**40)):
-        ours = views._uniform(seed, epoch, indices, arrays)
-        monkeypatch.setattr(views, "native", None)
-        assert np.array_equal(views._uniform(seed, epoch, indices, arrays), ours)
+@pytest.mark.parametrize("name", ["simsiam", "simclr", "supervised"])
+@pytest.mark.parametrize("local_aug", ["smoothblend", "cutpaste"])
+@pytest.mark.parametrize("spd_source", ["anchor", "image"])
+def test_rows_drawn_in_cpp_are_those_of_numpy(name, local_aug, spd_source, monkeypatch):
+    recipe = getattr(recipes, name)(True, local_aug, spd_source)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 600, (60, 2))
+    indices = np.append(rng.integers(0, 2**40, 59), 2**62)
+    for seed, epoch, size in ((0, 0, 224), (2**63 - 1, 5, (7, 300)), (3, 2**40, 32)):
         monkeypatch.undo()
-        philox = np.random.Philox(key=[seed, 0], counter=[0, 2, 7, epoch])
-        assert np.array_equal(np.random.Generator(philox).random(64), ours[1, 2])
+        ours = sample_view_params(recipe, sizes, indices, epoch, seed, size)
+        monkeypatch.setattr(views, "native", None)
+        assert torch.equal(sample_view_params(recipe, sizes, indices, epoch, seed, size), ours)
+
+
+def test_the_random_numbers_are_those_of_numpy():
+    draws = views._uniform(3, 5, np.array([0, 7, 2**62]), np.arange(3))
+    philox = np.random.Philox(key=[3, 0], counter=[0, 2, 7, 5])
+    assert np.array_equal(np.random.Generator(philox).random(64), draws[1, 2])
 
 
 def test_rows_are_frozen():

@@ -5,7 +5,9 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,7 +32,39 @@ UPRIGHT = {  # EXIF orientation -> what brings the image upright
 }
 
 
-def read_image(path: str | Path) -> np.ndarray:
+class ImageInArchive(NamedTuple):
+    """An image stored in an archive, as `datasets.shards` finds them; `read_image` takes it."""
+
+    archive: str
+    name: str  # of the member
+    offset: int  # bytes
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}: {self.name}"
+
+
+def read_bytes(path: str | Path | ImageInArchive) -> bytes:
+    """The encoded image.
+
+    Raises:
+        InputError: the file or the archive cannot be read, or the archive has become shorter.
+    """
+    inside = isinstance(path, ImageInArchive)
+    try:
+        with open(path.archive if inside else path, "rb", buffering=0) as file:
+            if not inside:
+                return file.readall()
+            file.seek(path.offset)
+            data = file.read(path.size)
+    except OSError as error:
+        raise InputError(f"cannot read image {path}: {_reason(path, error)}") from error
+    if len(data) < path.size:
+        raise InputError(f"cannot read image {path}: the archive is cut short")
+    return data
+
+
+def read_image(path: str | Path | ImageInArchive) -> np.ndarray:
     """Read an image file as RGB.
 
     The EXIF orientation is applied and an alpha channel dropped. 16-bit grayscale is scaled from
@@ -128,10 +162,11 @@ def is_image_name(name: str) -> bool:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | ImageInArchive) -> Iterator[Image.Image]:
     """The image with its header read. Whatever goes wrong in the block is a fault of the file."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        file = BytesIO(read_bytes(path)) if isinstance(path, ImageInArchive) else path
+        with Image.open(file, formats=FORMATS) as image:
             yield image
     except (InputError, MemoryError):
         raise
@@ -140,7 +175,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _decoded(path: str | Path) -> Iterator[Image.Image]:
+def _decoded(path: str | Path | ImageInArchive) -> Iterator[Image.Image]:
     """The image with its pixels decoded and upright."""
     with _opened(path) as image:
         image.load()
@@ -156,7 +191,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in UPRIGHT else 1
 
 
-def _to_8_bit(path: str | Path, values: np.ndarray) -> np.ndarray:
+def _to_8_bit(path: str | Path | ImageInArchive, values: np.ndarray) -> np.ndarray:
     if values.min() < 0 or values.max() > 65535:
         raise InputError(
             f"cannot read image {path}: integers from {values.min()} to {values.max()}, "
@@ -165,11 +200,12 @@ def _to_8_bit(path: str | Path, values: np.ndarray) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 = 257 * 255
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def _reason(path: str | Path | ImageInArchive, error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more than {2 * Image.MAX_IMAGE_PIXELS} pixels"
     if isinstance(error, UnidentifiedImageError):
-        if os.path.getsize(path) == 0:
+        size = path.size if isinstance(path, ImageInArchive) else os.path.getsize(path)
+        if size == 0:
             return "the file is empty"
         return f"not an image, or not of a format that is read ({', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:

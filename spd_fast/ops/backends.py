@@ -55,6 +55,11 @@ def use_backend(name: str) -> Iterator[None]:
         _asked.reset(token)
 
 
+def asked_backend() -> str:
+    """What `use_backend` or the environment asks for."""
+    return _asked.get() or os.environ.get("SPD_FAST_BACKEND") or "auto"
+
+
 def select(operation: str, asked: str | None, *arguments) -> Backend:
     """The backend of `operation` that runs for these arguments.
 
@@ -62,7 +67,7 @@ def select(operation: str, asked: str | None, *arguments) -> Backend:
         InputError: the backend asked for does not exist, or cannot take the arguments.
     """
     backends = OPERATIONS[operation]
-    name = asked or _asked.get() or os.environ.get("SPD_FAST_BACKEND") or "auto"
+    name = asked or asked_backend()
     if name not in ("auto", *(b.name for b in backends)):
         known = ", ".join(b.name for b in backends)
         raise InputError(f"{operation} has no backend {name!r}; there are: auto, {known}")
