@@ -82,6 +82,10 @@ def test_roots_are_told_apart(folder, tmp_path):
     assert len(open_images([archives[2], archives[0]])) == 14
     assert open_images(archives[1:2]).paths[0].archive == str(archives[1])
     assert isinstance(open_images(tmp_path / "folder"), ImageFolder)
+    compressed = tmp_path / "0001.tar.gz"
+    compressed.touch()
+    with pytest.raises(InputError, match="0001.tar.gz is neither a directory nor an archive"):
+        open_images(compressed)
     with pytest.raises(InputError, match="folder holds no archive, but others of the data do"):
         open_images([tmp_path / "archives", tmp_path / "folder"])
     with pytest.raises(InputError, match="there is no directory .*nothing"):

@@ -75,10 +75,16 @@ def open_images(roots: str | Path | Iterable[str | Path]) -> Images:
     and directories that hold such files directly (sorted by name).
 
     Raises:
-        InputError: as ImageFolder and ImageShards; or there are both kinds.
+        InputError: as ImageFolder and ImageShards; there are both kinds; or a file of another name.
     """
     roots = [roots] if isinstance(roots, str | Path) else list(roots)
     found = [_archives_of(Path(root)) for root in roots]
+    for root, archives in zip(roots, found):
+        if not archives and Path(root).is_file():
+            raise InputError(
+                f"{root} is neither a directory nor an archive by its name: *.tar or *.tfrecord, not "
+                "compressed"
+            )
     if not any(found):
         return ImageFolder(roots)
     for root, archives in zip(roots, found):
