@@ -55,10 +55,11 @@ class Compiled:
 
 
 @contextmanager
-def compiled_for(arch: int) -> Iterator[list[Compiled]]:
+def compiled_for(arch: int, fresh: bool = False) -> Iterator[list[Compiled]]:
     """In this block launches of Triton kernels compile for sm_`arch` instead of running.
 
-    Yields the list that they are put into, each kernel once.
+    Yields the list that they are put into, each kernel once. fresh: for the numbers of lines, as
+    what is in Triton's cache may be of the same kernel at another place.
     """
     found: list[Compiled] = []
     seen = set()
@@ -71,7 +72,8 @@ def compiled_for(arch: int) -> Iterator[list[Compiled]]:
             found.append(Compiled(kernel, tuple(grid)))
         return kernel
 
-    before = driver._active
+    before, cached = driver._active, triton.knobs.compilation.always_compile
+    triton.knobs.compilation.always_compile = fresh or cached
     driver.set_active(_NoGpu(arch))
     JITFunction.run = compile_only
     try:
@@ -79,6 +81,7 @@ def compiled_for(arch: int) -> Iterator[list[Compiled]]:
     finally:
         JITFunction.run = launch
         driver._active = before
+        triton.knobs.compilation.always_compile = cached
 
 
 class _NoGpu:

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton
 from ahead import Compiled, compiled_for
 from gpu_kernels import CHANNELS, LAYERS, Usage, cuda_usage, launch_distances, launch_views
 from gpu_turns import Turns, Views, center_in_triton, distances_in_cuda, distances_in_triton
@@ -28,9 +27,6 @@ from spd_fast.ops.augment_views import CUDA_TILE, TRITON_TILE
 from spd_fast.ops.view_rounds import groups_of
 from spd_fast.reference import packed_size
 
-# What is in its cache may be of the same kernel at another place, with other line numbers.
-triton.knobs.compilation.always_compile = True
-
 
 class Device(NamedTuple):
     """Datasheet numbers; the rates are instructions of a warp per clock and multiprocessor."""
@@ -41,20 +37,21 @@ class Device(NamedTuple):
     bandwidth: float  # GB/s
     float_rate: float
     memory_rate: float  # loads, stores and exchanges
+    tensor_rate: float  # products of (16, 16) and (16, 8), on a T4 of half of that
     threads: int  # that a multiprocessor holds
     shared: int  # KB of a multiprocessor
 
 
 DEVICES = {
-    75: Device("T4", 40, 1.59, 320, 2, 0.5, 1024, 64),
-    80: Device("A100", 108, 1.41, 2039, 2, 1, 2048, 164),
-    89: Device("RTX 4090", 128, 2.52, 1008, 4, 1, 1536, 100),
-    90: Device("H100", 132, 1.83, 3350, 4, 1, 2048, 228),
-    100: Device("B200", 148, 1.85, 8000, 4, 1, 2048, 228),
-    120: Device("RTX 5090", 170, 2.41, 1792, 4, 1, 1536, 100),
+    75: Device("T4", 40, 1.59, 320, 2, 0.5, 0.5, 1024, 64),
+    80: Device("A100", 108, 1.41, 2039, 2, 1, 0.5, 2048, 164),
+    89: Device("RTX 4090", 128, 2.52, 1008, 4, 1, 0.125, 1536, 100),
+    90: Device("H100", 132, 1.83, 3350, 4, 1, 1, 2048, 228),
+    100: Device("B200", 148, 1.85, 8000, 4, 1, 1, 2048, 228),
+    120: Device("RTX 5090", 170, 2.41, 1792, 4, 1, 0.125, 1536, 100),
 }
-ISSUED = 4  # of all kinds; the rest is alike on all of them
-RATES = {"other": 2, "special": 0.5, "tensor": 0.5}
+ISSUED = 4  # of all kinds; these are alike on all devices, too
+RATES = {"other": 2, "multiply": 2, "special": 0.5}
 
 
 class Launch(NamedTuple):
@@ -72,6 +69,7 @@ class Launch(NamedTuple):
             "issue": sum(self.instructions.values()) / ISSUED,
             "float": self.instructions["float"] / device.float_rate,
             "load/store": self.instructions["memory"] / device.memory_rate,
+            "tensor": self.instructions["tensor"] / device.tensor_rate,
         } | {pipe: self.instructions[pipe] / rate for pipe, rate in RATES.items()}
         rate = device.multiprocessors * device.gigahertz * 1e3
         times = {pipe: self.warps * its / rate for pipe, its in clocks.items()}
@@ -173,8 +171,7 @@ def views_in_cuda(dtype: str, arch: int) -> Iterator[Launch]:
         for kernel in kernels + [f"paste_kernel<{name}>"] * bool(views.patches.any()):
             code, usage = in_cuda("augment_views.cu", arch)[kernel]
             jobs = IMAGES * len(views.params) // len(table())
-            # See BlurMemory in csrc/views_gpu_blur.h: 11 pixels around a view of 224.
-            shared = usage.shared + (224 * 88 * 2 if kernel.startswith("finish") else 0)
+            shared = usage.shared + (views.blur_memory() if kernel.startswith("finish") else 0)
             turns = mean_of(code, views.in_cuda(kernel))
             moved = jobs * view_bytes(kernel, views, itemsize, depth)
             yield Launch(kernel, 8 * jobs * views.tiles, turns, usage.registers, shared, 256, moved)
@@ -182,7 +179,7 @@ def views_in_cuda(dtype: str, arch: int) -> Iterator[Launch]:
 
 def views_in_triton(dtype: str, arch: int) -> Iterator[Launch]:
     itemsize = torch.empty(0, dtype=getattr(torch, dtype)).itemsize
-    with compiled_for(arch) as compiled:
+    with compiled_for(arch, fresh=True) as compiled:
         launch_views(dtype, channels_last=False)
     of_rounds = list(enumerate(rounds(TRITON_TILE)))
     for kernel in compiled:
@@ -226,7 +223,7 @@ def padim_in_cuda(dtype: str, batch: int, arch: int) -> Iterator[Launch]:
 
 def padim_in_triton(dtype: str, batch: int, arch: int) -> Iterator[Launch]:
     """What `center` leaves is taken to be in the L2 cache when `distances` reads it."""
-    with compiled_for(arch) as (compiled):
+    with compiled_for(arch, fresh=True) as compiled:
         launch_distances(dtype, batch, channels_last=False)
         tiles = tiles_of(getattr(torch, dtype), batch)
     center, distances = compiled

@@ -67,6 +67,12 @@ class Views:
             share = share * (last - first + 1) / -(-n // tile)
         return share * self.patches
 
+    def blur_memory(self) -> int:
+        """Bytes that a launch of finish asks for: BlurMemory in csrc/views_gpu_blur.h, at the
+        largest radius."""
+        rows, columns = _held(self.height // 20, self.tile)
+        return (3 * rows + self.tile[0]) * columns * 2
+
     # ------------------------------------------------------------------------------------- CUDA
 
     def in_cuda(self, kernel: str) -> Turns:
@@ -109,7 +115,7 @@ class Views:
     def _finish(self) -> Turns:
         down = (16 + 2 * self.radius + 15) // 16
         across = (8 + 2 * self.radius + 15) // 16
-        rows, columns = self.tile[0] - 16 + 16 * down, self.tile[1] - 8 + 16 * across
+        rows, columns = _held(self.radius, self.tile)
         return {
             "for (int i = lane; i < args.tiles; i += warp_size) mean += sums[i];": (
                 np.ceil(self.tiles / 32)
@@ -183,6 +189,12 @@ class Views:
             ),
             "for first in range(-radius, radius + 1, TAPS):": 2,
         }
+
+
+def _held(radius, tile: tuple[int, int]) -> tuple:
+    """Rows and columns of pixels that the blur of a tile keeps."""
+    down, across = (16 + 2 * radius + 15) // 16, (8 + 2 * radius + 15) // 16
+    return tile[0] - 16 + 16 * down, tile[1] - 8 + 16 * across
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -23,8 +23,9 @@ INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.
 # What executes it; all else is arithmetic of integers, comparisons and choices.
 PIPES = {
     "memory": r"LD(?!C)|ST|ATOM|RED|SHFL|UBLKCP",
-    "float": r"FADD|FMUL|FFMA|IMAD|HFMA2|HADD2|HMUL2",
-    "special": r"MUFU|F2I|I2F|F2F|FRND|I2I",
+    "float": r"FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2",
+    "multiply": r"IMAD",  # of integers
+    "special": r"MUFU|F2I|I2F(?!P)|F2F(?!P)|FRND|I2I",
     "tensor": r"HMMA|IMMA|HGMMA|UTC\w*MMA|WARPGROUP",
     "control": r"BRA|EXIT|RET|NOP|BSSY|BSYNC|BAR|CALL|BREAK|WARPSYNC|DEPBAR|YIELD",
 }

@@ -130,11 +130,11 @@ __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs a
                 sum_y[i] += w;
 #pragma unroll
                 for (int c = 0; c < columns_each; ++c) {
-                    const float* from = &line[y - start][0][lane + c * warp_size];
+                    const float* its = &line[y - start][0][lane + c * warp_size];
                     Rgb& sum = pixels[i * columns_each + c];
-                    sum.r += w * from[0];
-                    sum.g += w * from[tile_x];
-                    sum.b += w * from[2 * tile_x];
+                    sum.r += w * its[0];
+                    sum.g += w * its[tile_x];
+                    sum.b += w * its[2 * tile_x];
                 }
             }
         }
@@ -155,11 +155,12 @@ struct ViewRow {
     Rgb pixels[columns_each];
 
     __device__ void read(const Planes<const T>& view, uint32_t row,
-                         const uint32_t (&near)[columns_each], const uint32_t (&far)[columns_each],
+                         const uint32_t (&near_at)[columns_each],
+                         const uint32_t (&far_at)[columns_each],
                          const float (&weight)[columns_each]) {
         const auto between = [&](const T* plane, int c) {
-            const float a = value_of(plane[row + near[c]]);
-            return a + weight[c] * (value_of(plane[row + far[c]]) - a);
+            const float a = value_of(plane[row + near_at[c]]);
+            return a + weight[c] * (value_of(plane[row + far_at[c]]) - a);
         };
 #pragma unroll
         for (int c = 0; c < columns_each; ++c)
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundA
     const auto view = planes_of<const T>(args.source, int(p.source), job.image);
     const uint32_t corner = view.at(int(p.crop_top), int(p.crop_left));
     const int crop_height = int(p.crop_height), crop_width = int(p.crop_width);
-    uint32_t near[columns_each], far[columns_each];
+    uint32_t near_at[columns_each], far_at[columns_each];
     float weight[columns_each];
 #pragma unroll
     for (int c = 0; c < columns_each; ++c) {
@@ -186,8 +187,8 @@ __global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundA
         const float x_in =
             ((p.flip != 0 ? args.width - 1 - x : x) + 0.5f) * (p.crop_width / args.width) - 0.5f;
         const int left = int(floorf(x_in));
-        near[c] = corner + max2(left, 0) * view.across;
-        far[c] = corner + min2(left + 1, crop_width - 1) * view.across;
+        near_at[c] = corner + max2(left, 0) * view.across;
+        far_at[c] = corner + min2(left + 1, crop_width - 1) * view.across;
         weight[c] = x_in - left;
     }
     float gain[3], offset[3];
@@ -196,8 +197,9 @@ __global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundA
         gain[i] = 1 / args.source.scale[i];
         offset[i] = -args.source.shift[i] * gain[i];
     }
-    // Neighbouring output rows often read one and the same source row: it is kept.
-    ViewRow<T> above, below;
+    // Neighbouring output rows often read one and the same source row: it is kept. The first
+    // output row reads two, the others none or one, as a crop is not higher than the view.
+    ViewRow<T> above, below = {};
     int held = 0;  // the source row that `below` is
     const float scale = p.crop_height / args.height;
     Rgb pixels[pixels_each];
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundA
         while (held <= top) {
             above = below;
             const int row = min2(max2(++held, 0), crop_height - 1);
-            below.read(view, row * view.down, near, far, weight);
+            below.read(view, row * view.down, near_at, far_at, weight);
         }
         const float w = y_in - top;
 #pragma unroll
@@ -233,9 +235,9 @@ __device__ inline void to_gray(Rgb& p) {
 
 // The tile's pixels and those around it, adjusted from contrast on, and blurred.
 template <bool packed>
-__device__ inline void blur(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args, const Job& job,
-                            const Jitter& colors, float mean, bool grayscale, const Blur& blur,
-                            uint16_t* shared) {
+__device__ inline void make_blurred(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args,
+                                    const Job& job, const Jitter& colors, float mean,
+                                    bool grayscale, const Blur& blur, uint16_t* shared) {
     const KeptPixels<packed> kept(args, job);
     const BlurMemory memory(shared, blur);
     constexpr int together = 3;  // pixels: a row of what is held, of most views
@@ -299,7 +301,7 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
 
     Rgb pixels[pixels_each] = {};
     if (of_view.radius > 0) {
-        blur<packed>(pixels, args, job, colors, mean, grayscale, of_view, shared);
+        make_blurred<packed>(pixels, args, job, colors, mean, grayscale, of_view, shared);
     } else {
         const KeptPixels<packed> kept(args, job);
         for_pixels(args, job, [&](int i, int y, int x) { pixels[i] = kept.get(y, x); });

@@ -79,7 +79,8 @@ static void cuda_augment_round(const std::vector<int>& made, uint64_t pixels, ui
                                uint64_t params, int n_images, int views, int height, int width,
                                const std::optional<ViewsTuple>& source, const ViewsTuple& target,
                                const ViewsTuple& fine, uint64_t scratch, bool packed, uint64_t sums,
-                               uint64_t boxes, int room, bool paste_fine, uint64_t stream) {
+                               int tiles, uint64_t boxes, int room, bool paste_fine,
+                               uint64_t stream) {
     require(made.size() <= most_views && blur_radius(height) <= most_gpu_radius,
             "more views, or higher ones, than the CUDA kernels take");
     GpuRoundArgs args{};
@@ -94,6 +95,7 @@ static void cuda_augment_round(const std::vector<int>& made, uint64_t pixels, ui
     args.width = width;
     args.tiles =
         ((height + view_tile_y - 1) / view_tile_y) * ((width + view_tile_x - 1) / view_tile_x);
+    require(tiles == args.tiles, "sums of tiles of another size");
     args.from_images = !source;
     if (source) args.source = views_of(*source);
     args.target = views_of(target);

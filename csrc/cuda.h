@@ -9,7 +9,7 @@
 
 #define SPD_LAUNCH(kernel, grid, threads, shared, stream, ...) \
     kernel<<<grid, threads, shared, stream>>>(__VA_ARGS__)
-#define SPD_DYNAMIC_SHARED(T, name) extern __shared__ T name[]
+#define SPD_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
 
 // c += a b on tensor cores: (16, 16) by (16, 8) of half precision, sums in float. The lanes of a
 // warp hold the operands as PTX's mma.m16n8k16 has them.

@@ -11,6 +11,8 @@ namespace {
 // further on. As the product's operands lie in a warp (see multiply_add), a lane then needs few
 // different pairs of taps, for blocks of 16 places and for both axes.
 struct Blur {
+    // All lanes of a warp must make theirs, as they exchange taps. Of a blur of radius 0, which is
+    // none, the radius alone is set.
     static constexpr int most_steps = (16 + 2 * most_gpu_radius + 15) / 16;
     int radius;
     int steps_down, steps_across;        // of 16 source pixels that a block of outputs reads

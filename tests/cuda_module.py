@@ -12,7 +12,10 @@ import pybind11
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
 SHARED = ("views_gpu.h", "views_gpu_blur.h")  # of augment_views.cu alone
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+SANITIZERS = (
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "-fsanitize-sections=spd_shared",  # shared memory: variables of a section are left out otherwise
+)
 
 
 def compile_all(directory: Path, flags: tuple[str, ...] = ()) -> dict[str, Path]:

@@ -270,6 +270,12 @@ def test_no_fault_no_error(module, monkeypatch):
 
 
 @whole
+def test_views_beyond_an_axis_of_a_launch(with_fault, monkeypatch):
+    with_fault("constexpr int most = 65535", "constexpr int most = 3")
+    assert worst_error(monkeypatch) < 1e-3
+
+
+@whole
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -285,6 +291,15 @@ def test_no_fault_no_error(module, monkeypatch):
         ("taps[2] = {pairs[2 * s + 1]", "taps[2] = {pairs[2 * s]"),
         ("    __syncthreads();\n    float sum = 0;", "    float sum = 0;"),  # of the block's gray
         ("held = top - 1", "held = top"),  # a row that was never read
+        # Rows that others still read, or have not filtered yet; and channels that are not there.
+        (
+            "__syncthreads();\n#pragma unroll\n        for (int i = 0; i < r",
+            "for (int i = 0; i < r",
+        ),
+        ("        __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll"),
+        ("    __syncthreads();\n}\n", "}\n"),
+        ("    __syncthreads();\n\n    Rgb pixels", "    Rgb pixels"),
+        ("index = args.first_job + blockIdx.z", "index = blockIdx.z + args.first_job / 2"),
         ("if (threadIdx.x < tile_y)\n        a[", "if (threadIdx.x < 8)\n        a["),
     ],
 )
@@ -313,24 +328,29 @@ def test_threads_that_miss_each_other_are_found(old, new, message, with_fault, m
         worst_error(monkeypatch)
 
 
+MAPS, VIEWS = "map_equals_reference and dtype0", "views_equal_reference and odd and dtype0"
 OUT_OF_BOUNDS = (
-    ("gridDim.x + position]", "gridDim.x + position + 1]", "heap-buffer-overflow"),
-    ("return layer.data[image", "return layer.data[1 + image", "heap-buffer-overflow"),
-    ("k < 8 * n_panels;", "k <= 8 * n_panels;", "heap-buffer-overflow"),
-    ("part[warp][lane / image_unit] =", "part[warp][B + lane / image_unit] =", "out of bounds"),
+    (MAPS, "gridDim.x + position]", "gridDim.x + position + 1]", "heap-buffer-overflow"),
+    (MAPS, "return layer.data[image", "return layer.data[1 + image", "heap-buffer-overflow"),
+    (MAPS, "k < 8 * n_panels;", "k <= 8 * n_panels;", "heap-buffer-overflow"),
+    (MAPS, "part[warp][lane / image_unit] =", "part[warp][B + lane / image_unit] =", "bounds"),
+    (VIEWS, "+ 3 * first[c];", "+ 3 * (first[c] + across.in);", "heap-buffer-overflow"),  # pixels
+    (VIEWS, "args.sums[job.index *", "args.sums[(job.index + 1) *", "heap-buffer-overflow"),
+    (VIEWS, "&line[warp + i * warps][0]", "&line[chunk + warp][0]", "global-buffer-overflow"),
+    (VIEWS, "to[2 * memory.rows", "to[9 * memory.rows", "heap-buffer-overflow"),  # of the blur
 )
 
 
 @whole
 def test_the_sanitizers_find_what_is_out_of_bounds(sanitized_objects, tmp_path):
     def outcome(number: int) -> subprocess.CompletedProcess:
-        old, new, _ = OUT_OF_BOUNDS[number]
+        tests, old, new, _ = OUT_OF_BOUNDS[number]
         (directory := tmp_path / str(number)).mkdir()
         flags = cuda_module.SANITIZERS
         library = cuda_module.with_fault(directory, sanitized_objects, old, new, flags)
-        return sanitized(library, __file__, "-k", "map_equals_reference and dtype0", "-x")
+        return sanitized(library, __file__, "-k", tests, "-x")
 
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(outcome, range(len(OUT_OF_BOUNDS))))
-    for (old, _, message), done in zip(OUT_OF_BOUNDS, outcomes):
+    for (_, old, _, message), done in zip(OUT_OF_BOUNDS, outcomes):
         assert done.returncode and message in done.stdout + done.stderr, (old, done.stderr[-2000:])

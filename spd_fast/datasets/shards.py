@@ -82,8 +82,8 @@ def open_images(roots: str | Path | Iterable[str | Path]) -> Images:
     for root, archives in zip(roots, found):
         if not archives and Path(root).is_file():
             raise InputError(
-                f"{root} is neither a directory nor an archive by its name: *.tar or *.tfrecord, not "
-                "compressed"
+                f"{root} is neither a directory nor an archive by its name: *.tar or *.tfrecord, "
+                "not compressed"
             )
     if not any(found):
         return ImageFolder(roots)

@@ -388,6 +388,7 @@ def _make_round_in_cuda(work: Round) -> None:
         work.scratch.data_ptr(),
         work.packed,
         work.sums.data_ptr(),
+        work.sums.shape[1],
         work.boxes.data_ptr(),
         work.boxes.shape[2],
         work.paste_fine,
