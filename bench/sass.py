@@ -175,23 +175,23 @@ def source(place: tuple[str, int]) -> str:
 def _turns(places: tuple[tuple[str, int], ...], times: Callable[[str], float | None]) -> float:
     """Of the loop that ends there: that of the line itself, or else the innermost around it."""
     for name, line in places:
-        headers = (_text(name)[line - 1].strip(), *_headers_around(name, line))
-        loops = (header for header in headers if header.startswith(("for", "while")))
-        if loop := next(loops, None):
-            if (known := times(loop)) is None:
-                raise LookupError(f"no number of turns for {loop!r} at {places}")
+        for header in _loops_around(name, line):
+            if (known := times(header)) is None:
+                raise LookupError(f"no number of turns for {header!r} at {places}")
             return known
     raise LookupError(f"a loop ends at {places}, where the source has none")
 
 
-def _headers_around(name: str, line: int) -> Iterator[str]:
-    """The lines that a line is indented under, from the innermost."""
+def _loops_around(name: str, line: int) -> Iterator[str]:
+    """The loops of a line and around it, from the innermost; not those that are unrolled."""
     text = _text(name)
-    indent = _indent(text[line - 1])
-    for above in reversed(text[: line - 1]):
-        if above.strip() and not above.startswith("#") and _indent(above) < indent:
-            indent = _indent(above)
-            yield above.strip()
+    indent = _indent(text[line - 1]) + 1
+    for number in range(line - 1, -1, -1):
+        header = text[number].strip()
+        if header and not header.startswith("#") and _indent(text[number]) < indent:
+            indent = _indent(text[number])
+            if header.startswith(("for", "while")) and text[number - 1] != "#pragma unroll":
+                yield header
 
 
 def _share(places: tuple[tuple[str, int], ...], times: Callable[[str], float | None]) -> float:

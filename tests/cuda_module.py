@@ -14,7 +14,7 @@ SOURCES = ROOT / "csrc"
 SHARED = ("views_gpu.h", "views_gpu_blur.h")  # of augment_views.cu alone
 SANITIZERS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    "-fsanitize-sections=spd_shared",  # shared memory: variables of a section are left out otherwise
+    "-fsanitize-sections=spd_shared",  # shared memory, which would be left out otherwise
 )
 
 
