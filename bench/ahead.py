@@ -74,7 +74,7 @@ def compiled_for(arch: int, fresh: bool = False) -> Iterator[list[Compiled]]:
 
     before, cached = driver._active, triton.knobs.compilation.always_compile
     triton.knobs.compilation.always_compile = fresh or cached
-    driver.set_active(_NoGpu(arch))
+    driver.set_active(_NoGpu(arch, fresh))
     JITFunction.run = compile_only
     try:
         yield found
@@ -87,14 +87,15 @@ def compiled_for(arch: int, fresh: bool = False) -> Iterator[list[Compiled]]:
 class _NoGpu:
     """What compiling asks of a driver."""
 
-    def __init__(self, arch: int):
+    def __init__(self, arch: int, fresh: bool):
         self.target = GPUTarget("cuda", arch, 32)
+        self.number = arch + 1000 * fresh  # under which compiled kernels are kept in this process
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # under which compiled kernels are kept
+        return self.number
 
     def get_current_stream(self, device) -> int:
         return 0

@@ -84,7 +84,7 @@ def test_roots_are_told_apart(folder, tmp_path):
     assert isinstance(open_images(tmp_path / "folder"), ImageFolder)
     compressed = tmp_path / "0001.tar.gz"
     compressed.touch()
-    with pytest.raises(InputError, match="0001.tar.gz is neither a directory nor an archive"):
+    with pytest.raises(InputError, match="0001.tar.gz: archives are read uncompressed"):
         open_images(compressed)
     with pytest.raises(InputError, match="folder holds no archive, but others of the data do"):
         open_images([tmp_path / "archives", tmp_path / "folder"])

@@ -18,6 +18,7 @@ from spd_fast.datasets.tfrecord import images_of_tfrecord
 from spd_fast.errors import InputError
 
 TFRECORD_NAME = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$")  # train-00000-of-01024
+COMPRESSED_NAME = re.compile(r"\.(tar|tfrecords?)\.\w+$|\.tgz$")
 MOST_CLASSES = 1_000_000  # when they are numbered
 Member = tuple[str, int, int]  # of a tar file: name, offset and size
 
@@ -75,16 +76,13 @@ def open_images(roots: str | Path | Iterable[str | Path]) -> Images:
     and directories that hold such files directly (sorted by name).
 
     Raises:
-        InputError: as ImageFolder and ImageShards; there are both kinds; or a file of another name.
+        InputError: as ImageFolder and ImageShards; there are both kinds; or a compressed archive.
     """
     roots = [roots] if isinstance(roots, str | Path) else list(roots)
     found = [_archives_of(Path(root)) for root in roots]
-    for root, archives in zip(roots, found):
-        if not archives and Path(root).is_file():
-            raise InputError(
-                f"{root} is neither a directory nor an archive by its name: *.tar or *.tfrecord, "
-                "not compressed"
-            )
+    for root in roots:
+        if COMPRESSED_NAME.search(str(root)):
+            raise InputError(f"{root}: archives are read uncompressed, as *.tar or *.tfrecord")
     if not any(found):
         return ImageFolder(roots)
     for root, archives in zip(roots, found):
