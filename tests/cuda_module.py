@@ -11,7 +11,7 @@ import pybind11
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
-SHARED = ("views_gpu.h", "views_gpu_blur.h")  # of augment_views.cu alone
+SHARED = ("views_gpu.h", "views_gpu_blur.h", "views_gpu_resize.h")  # of augment_views.cu alone
 SANITIZERS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "-fsanitize-sections=spd_shared",  # shared memory, which would be left out otherwise
