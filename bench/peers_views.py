@@ -112,7 +112,7 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
 
 
 def _to_numpy(x: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(x.permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(x.permute(1, 2, 0).cpu().numpy())
 
 
 def _to_pil(x: torch.Tensor) -> Image.Image:

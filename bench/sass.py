@@ -167,11 +167,6 @@ def _loops(after: list[list[int]]) -> tuple[dict[int, tuple[set[int], list[int]]
     return loops, reached
 
 
-def source(place: tuple[str, int]) -> str:
-    name, line = place
-    return _text(name)[line - 1].strip()
-
-
 def _turns(places: tuple[tuple[str, int], ...], times: Callable[[str], float | None]) -> float:
     """Of the loop that ends there: that of the line itself, or else the innermost around it."""
     for name, line in places:

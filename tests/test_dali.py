@@ -5,17 +5,18 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from archives import write_tars, write_tfrecords
+from dali_soak import threads
 from PIL import Image
 from pretrain_runs import config, trace
-from test_loader import assert_same, loader, loader_threads, take
+from test_loader import assert_same, check_two_ranks, loader, loader_threads, take
 
 from spd_fast import augment_views, dali_build, recipes, sample_view_params
 from spd_fast.datasets.folder import ImageFolder
@@ -105,11 +106,7 @@ def test_archives_give_the_batches_of_the_folder(jpegs, tmp_path):
 
 
 def test_two_ranks_together_see_what_one_sees(jpegs):
-    alone = take(dali(jpegs, batch_size=6), 7)
-    ranks = [take(dali(jpegs, batch_size=3, rank=r, world_size=2), 7) for r in (0, 1)]
-    for whole, first, second in zip(alone, *ranks):
-        assert torch.equal(whole.views, torch.cat([first.views, second.views], dim=1))
-        assert torch.equal(whole.labels, torch.cat([first.labels, second.labels]))
+    check_two_ranks(partial(dali, jpegs))
 
 
 @pytest.mark.parametrize("done", [2, 6, 9])
@@ -329,15 +326,6 @@ def test_leaving_early_ends_threads_and_goes_on(jpegs, error):
     assert loader_threads() == [] and threads() == before
     assert source.state_dict()["next_batch"] == 1
     assert_same(take(source, 8), take(loader(jpegs), 9)[1:])
-
-
-def threads() -> int:
-    """Of this process, DALI's among them. One that has ended may be seen for a moment longer."""
-    counts = []
-    for _ in range(20):
-        counts.append(len(os.listdir("/proc/self/task")))
-        time.sleep(0.01)
-    return min(counts)
 
 
 def test_no_thread_stays_behind_a_loader(jpegs):

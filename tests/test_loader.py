@@ -1,6 +1,7 @@
 import json
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -98,13 +99,18 @@ def test_threads_do_not_change_the_batches(folder):
     assert_same(one, four)
 
 
-def test_two_ranks_together_see_what_one_sees(folder):
-    alone = take(loader(folder, batch_size=6), 7)
-    ranks = [take(loader(folder, batch_size=3, rank=r, world_size=2), 7) for r in (0, 1)]
+def check_two_ranks(make) -> None:
+    """make(batch_size=, rank=, world_size=): a loader."""
+    alone = take(make(batch_size=6), 7)
+    ranks = [take(make(batch_size=3, rank=r, world_size=2), 7) for r in (0, 1)]
     for whole, first, second in zip(alone, *ranks):
         assert torch.equal(whole.views, torch.cat([first.views, second.views], dim=1))
         assert torch.equal(whole.labels, torch.cat([first.labels, second.labels]))
         assert torch.equal(whole.indices, torch.cat([first.indices, second.indices]))
+
+
+def test_two_ranks_together_see_what_one_sees(folder):
+    check_two_ranks(partial(loader, folder))
 
 
 @pytest.mark.parametrize("done", [0, 2, 5, 7])
