@@ -147,8 +147,11 @@ def least_bytes(itemsize: int) -> int:
     return IMAGES * 3 * (PHOTO[0] * PHOTO[1] + 4 * PLANE * itemsize)
 
 
-def view_bytes(kernel: str, views: Views, itemsize: int, depth: int) -> float:
-    """Of one view. Pixels that two tiles read are taken to be in a cache the second time."""
+def view_bytes(
+    kernel: str, views: Views, itemsize: int, depth: int, pasted: tuple[int, int]
+) -> float:
+    """Of one view. Pixels that two tiles read are taken to be in a cache the second time. Patches
+    are blended into all of the `pasted` tiles that they touch."""
     kept = PLANE * (4 if depth and itemsize < 4 else 6)
     crop = (views["crop_height"] * views["crop_width"]).mean()
     if kernel.startswith("resize_view"):  # all of a source's views are made about the same time
@@ -158,7 +161,7 @@ def view_bytes(kernel: str, views: Views, itemsize: int, depth: int) -> float:
     area = (views["patch_height"] * views["patch_width"] * views.patches).mean()
     if kernel.startswith("finish"):
         return kept + 3 * itemsize * PLANE + 12 * area
-    return 2 * 3 * itemsize * views.touched().mean() * PLANE + 12 * area
+    return 2 * 3 * itemsize * views.touched(pasted).mean() * PLANE + 12 * area
 
 
 def views_in_cuda(dtype: str, arch: int) -> Iterator[Launch]:
@@ -166,15 +169,17 @@ def views_in_cuda(dtype: str, arch: int) -> Iterator[Launch]:
     name = {"float32": "float", "float16": "Half"}[dtype]
     packed = "false" if dtype == "float32" else "true"
     for depth, views in enumerate(rounds(CUDA_TILE)):
-        resize = f"resize_view_kernel<{name}>" if depth else "resize_kernel"
+        parts = 2 if dtype == "float32" else 1
+        resize = f"resize_view_kernel<{name}, true>" if depth else f"resize_kernel<{parts}>"
         kernels = [resize, f"finish_kernel<{name}, {packed if depth else 'false'}>"]
         for kernel in kernels + [f"paste_kernel<{name}>"] * bool(views.patches.any()):
             code, usage = in_cuda("augment_views.cu", arch)[kernel]
             jobs = IMAGES * len(views.params) // len(table())
-            shared = usage.shared + (views.blur_memory() if kernel.startswith("finish") else 0)
             turns = mean_of(code, views.in_cuda(kernel))
-            moved = jobs * view_bytes(kernel, views, itemsize, depth)
-            yield Launch(kernel, 8 * jobs * views.tiles, turns, usage.registers, shared, 256, moved)
+            sector = 1, 32 // itemsize
+            moved = jobs * view_bytes(kernel, views, itemsize, depth, sector)
+            blocks = jobs if kernel.startswith("paste") else jobs * views.tiles
+            yield Launch(kernel, 8 * blocks, turns, usage.registers, usage.shared, 256, moved)
 
 
 def views_in_triton(dtype: str, arch: int) -> Iterator[Launch]:
@@ -188,7 +193,7 @@ def views_in_triton(dtype: str, arch: int) -> Iterator[Launch]:
             views = Views(views.params, SIZE, (16, 32))
         turns = mean_of(in_triton(kernel), views.in_triton(kernel.name))
         moved = IMAGES * len(views.params) // len(table())
-        moved *= view_bytes(kernel.name, views, itemsize, depth)
+        moved *= view_bytes(kernel.name, views, itemsize, depth, views.tile)
         warps = kernel.grid[0] * kernel.threads // 32
         yield _of_triton(kernel, warps, turns, moved)
 

@@ -18,9 +18,12 @@ class Views:
     """The rows of the parameter table of one round, (jobs, 27), and what follows from them."""
 
     def __init__(self, params: np.ndarray, size: tuple[int, int], tile: tuple[int, int]):
-        self.params, (self.height, self.width), self.tile = params, size, tile
+        self.params, (self.height, self.width) = params, size
+        self.tile = tile = tile[0], min(tile[1], -(-self.width // 32) * 32)
         self.tiles = -(-self.height // tile[0]) * -(-self.width // tile[1])
-        self.inside = self.height * self.width / (self.tiles * tile[0] * tile[1])
+        blocks = -(-self.height // 16) * -(-self.width // 16)  # each made by a warp
+        self.across = -(-self.width // 32)  # tiles that a block of CUDA makes
+        self.inside = 256 * blocks / (self.tiles * tile[0] * tile[1])
         self.taps_y, self.taps_x = (
             np.where(crop == out, 1, np.ceil(2 * np.maximum(crop / out, 1)))
             for crop, out in ((self["crop_height"], self.height), (self["crop_width"], self.width))
@@ -55,23 +58,21 @@ class Views:
                 found[f"{name} {part}"] = (its & changes & (order == op)).sum(1)
         return found
 
-    def touched(self) -> np.ndarray:
-        """Share of the tiles that a patch, grown by the blur of its edge, reaches."""
-        share = 1.0
-        for side, n, tile in (("y", self.height, self.tile[0]), ("x", self.width, self.tile[1])):
-            start = self["target_top" if side == "y" else "target_left"]
-            length = self["patch_height" if side == "y" else "patch_width"]
-            reach = np.where(self["patch_kind"] == 1, np.ceil(4 * self[f"alpha_sigma_{side}"]), 0)
-            first = np.maximum(start - reach, 0) // tile
-            last = np.minimum(start + length + reach - 1, n - 1) // tile
-            share = share * (last - first + 1) / -(-n // tile)
-        return share * self.patches
+    def touched(self, tile: tuple[int, int], box: str = "target") -> np.ndarray:
+        """Share of the tiles that a patch reaches: its source, or its target with blurred edges."""
+        tiles = -(-self.height // tile[0]) * -(-self.width // tile[1])
+        reached = self._reached("y", tile[0], box) * self._reached("x", tile[1], box)
+        return reached / tiles * self.patches
 
-    def blur_memory(self) -> int:
-        """Bytes that a launch of finish asks for: BlurMemory in csrc/views_gpu_blur.h, at the
-        largest radius."""
-        rows, columns = _held(self.height // 20, self.tile)
-        return (3 * rows + self.tile[0]) * columns * 2
+    def _reached(self, side: str, tile: int, box: str = "target") -> np.ndarray:
+        """Tiles along one axis."""
+        n = self.height if side == "y" else self.width
+        start = self[f"{box}_{'top' if side == 'y' else 'left'}"]
+        length = self["patch_height" if side == "y" else "patch_width"]
+        blurred = (self["patch_kind"] == 1) & (box == "target")
+        reach = np.where(blurred, np.ceil(4 * self[f"alpha_sigma_{side}"]), 0)
+        last = np.minimum(start + length + reach - 1, n - 1) // tile
+        return last - np.maximum(start - reach, 0) // tile + 1
 
     # ------------------------------------------------------------------------------------- CUDA
 
@@ -83,8 +84,15 @@ class Views:
         hue, saturation = (
             sum(steps[f"{name} {part}"] for part in parts) for name in ("hue", "saturation")
         )
+        gray = self["grayscale"] if kernel.startswith("finish") else 0
+        total = total + gray
         return {
-            "if (threadIdx.x == 0) set_jitter_of_view(colors, p);": 1 / WARPS,
+            "if (threadIdx.x == 0) {": 1 / WARPS,
+            "if (threadIdx.x == 0) set_mean(colors, mean);": 1 / WARPS,
+            "if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);": 1 / WARPS,
+            "if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);  // read after the first barrier": (  # noqa: E501
+                1 / WARPS
+            ),
             "if (threadIdx.x == 0) set_jitter_of_patch(colors, p);": 1 / WARPS,
             "for (int step = 0; step < 4; ++step) {": 4,
             "for (int s = 0; s <= step; ++s) {": 2.5,
@@ -92,65 +100,112 @@ class Views:
             "for (int step = first; step < last; ++step) {": total,
             "if (op == 3) {": _share(hue, total),
             "} else if (op == 2) {": _share(saturation, total - hue),
-            "if (y < args.height && x < args.width) f(i, y, x);": self.inside,
-            "if (place < 0 || place >= n) place = reflect(i, n);": 0,
+            "} else if (op == 4) {": _share(gray, total - hue - saturation),
+            "for (int left = 0; left < args.width; left += tile_x) {": self.across,
+            "if (job.room >= side) {": 1,
+            "} else if (job.inside()) {": self.inside,
+            "if (job.inside()) {": self.inside,
+            "if (place < 0) place = reflect(i, n);": 0,
             **(self._resize() | self._finish() | self._paste()),
         }
 
+    def _steps(self, side: str) -> np.ndarray:
+        """Of 16 source pixels that 16 outputs read, on average over the view. Of views they are
+        read from a multiple of 4 columns on."""
+        out = self.height if side == "height" else self.width
+        crop = self[f"crop_{side}"][:, None]
+        scale, start = crop / out, np.arange(0, out, 16)
+        support = np.maximum(scale, 1)
+        first = np.floor((start + 0.5) * scale - support + 0.5).clip(0)
+        last = (np.minimum(start + 15, out - 1) + 0.5) * scale
+        last = np.minimum(np.floor(last + support + 0.5), crop)
+        if side == "width" and self["source"][0] >= 0:
+            first -= (self["crop_left"][:, None] + first) % 4
+        return np.ceil((last - first) / 16).mean(1)
+
     def _resize(self) -> Turns:
-        rows = (self.tile[0] - 1) * self["crop_height"] / self.height + self.taps_y
-        chunks = np.ceil(np.minimum(rows, self["crop_height"]) / 32)
-        moved = np.minimum(self["crop_height"] / self.height, 1)  # source rows to the next output
+        down, across = self._steps("height"), self._steps("width")
         return {
-            "if (threadIdx.x < 2)": 1 / WARPS,
-            "if (i < its_rows)": np.minimum(rows, self["crop_height"]) / (32 * chunks),
-            "for (int k = 0; k < across.taps; ++k)": self.taps_x,
-            "for (int k = 0; k < across.taps; ++k) {": self.taps_x,
-            "for (int start = begin; start < end; start += chunk) {": chunks,
-            "for (int y = max2(top, start); y < stop; ++y) {": self.taps_y / chunks,
-            # The first of the 4 rows of a thread reads two.
-            "while (held <= top) {": (2 + 3 * moved) / 4,
+            "if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {": (
+                (down <= 4) & (across <= 4)
+            ),
+            "if (left % (side * warp_size) == 0) {": -(-self.across // 16) / self.across,
+            "for (int step = block_x; step < min2(down.steps, held); step += blocks_x)": (  # noqa: E501
+                down / 2
+            ),
+            "for (int step = block_y; step < min2(across.steps, held); step += blocks_y)": (  # noqa: E501
+                across / 4
+            ),
+            "for (int k = 0; k < steps_across; ++k) taps_across<usual>(across, held_across, k).add_to(gain);": (  # noqa: E501
+                across
+            ),
+            "for (int step = 0; step < down.steps; ++step)": down,
+            "for (int step = 0; step < steps_down; ++step) {": down,
+            "for (int k = 1; k < steps_across; ++k) add_columns(k);": across - 1,
         }
 
     def _finish(self) -> Turns:
-        down = (16 + 2 * self.radius + 15) // 16
-        across = (8 + 2 * self.radius + 15) // 16
-        rows, columns = _held(self.radius, self.tile)
+        steps_down = (16 + 2 * self.radius + 15) // 16
+        steps_across = (8 + 2 * self.radius + 15) // 16
+        largest = (steps_down == 3) & (steps_across == 3)
+        columns = 24 + 16 * steps_across
+        tops = np.arange(0, self.height, self.tile[0])
+        pairs = (
+            np.minimum(self.tile[0], self.height - tops) + 2 * self.radius[:, None] + 1
+        )  # of rows
+        pairs = pairs[..., None] // 2
         return {
-            "for (int i = lane; i < args.tiles; i += warp_size) mean += sums[i];": (
-                np.ceil(self.tiles / 32)
+            "for (int i = 0; i < args.tiles; ++i) sum += args.sums[int64_t(job.index) * args.tiles + i];": (  # noqa: E501
+                self.tiles
             ),
-            "if (of_view.radius > 0) {": self.radius > 0,
+            "if (job.left == 0) {": 1 / self.across,
+            "for (int i = rows * BlurMemory::columns + threadIdx.x; i < BlurMemory::plane; i += threads)": (  # noqa: E501
+                (48 - pairs.mean((1, 2))) * 72 / 256
+            ),
+            "for (int column = (job.left ? end - tile_x : 0) + lane; column < end; column += warp_size) {": (  # noqa: E501
+                (np.ceil(columns / 32) + self.across - 1) / self.across
+            ),
+            "for (int row = job.warp; row < rows; row += together * warps) {": (
+                np.ceil((pairs - np.arange(WARPS)) / 16).mean((1, 2))
+            ),
+            "if (blur.radius > 0) {": self.radius > 0,
             "if (sigma <= 0) return;": self["blur_sigma"] == 0,
             "if (radius == 0) return;": _share(
                 (self.radius == 0) & (self["blur_sigma"] > 0), self["blur_sigma"] > 0
             ),
-            "for (int y = warp; y < memory.rows; y += warps) {": rows / WARPS,
-            "if (y < tile_y + 2 * blur.radius) {": (self.tile[0] + 2 * self.radius) / rows,
-            "for (int x = lane; x < memory.width; x += together * warp_size) {": np.ceil(
-                columns / 96
+            "if (blur.steps_down() == 3 && blur.steps_across() == 3) {": largest,
+            "} else if (blur.steps_down() == 3) {": _share((steps_down == 3) & ~largest, ~largest),
+            "} else if (blur.steps_across() == 2) {": _share(
+                (steps_down == 2) & (steps_across == 2), steps_down == 2
             ),
-            "for (int channel = 0; channel < 3; ++channel) blur_channel(memory, blur, channel);": 3,
-            "for (int column = first; column < width; column += step) {": (
-                columns / 8 * self.tile[0] / 16 / WARPS
-            ),
-            "if (s < blur.steps_down) {": down / 3,
-            "if (s < blur.steps_across) {": across / 3,
-            "if (grayscale)": self["grayscale"],
+            "if (views.together > 1) {": 1,
             "if (job.view < args.fine.count) {": 0,
-            "if (int(p.patch_kind) == no_patch) return;": ~self.patches,
+            "if (top >= box.height || top + side <= 0 || left >= box.width || left + side <= 0) return;": (  # noqa: E501
+                1 - self.touched((16, 16), "patch")
+            ),
         }
 
     def _paste(self) -> Turns:
         area = self["patch_height"] * self["patch_width"]
         sigma = (self["alpha_sigma_y"] + self["alpha_sigma_x"]) / 2
+        rows, columns = self._reached("y", 1), self._reached("x", 1)
         return {
-            "if (kind == no_patch || job.view >= views.count || job.top >= top + height + reach_y ||": (  # noqa: E501
-                1 - self.touched()
-            ),
-            "if (threadIdx.x < tile_y)": self.tile[0] / 32 / WARPS,
-            "if (threadIdx.x < tile_x)": self.tile[1] / 32 / WARPS,
+            "if (kind == no_patch) return;": ~self.patches,
+            "for (int y0 = first_y; y0 < end_y; y0 += most) {": 1,
+            "for (int x0 = first_x; x0 < end_x; x0 += most) {": 1,
+            "if (y0 + place < end_y)": np.ceil(rows / 32) / WARPS,
+            "} else if (x0 + place < end_x) {": np.ceil(columns / 32) / WARPS,
             "for (int k = -radius; k <= radius; ++k) {": 8 * sigma + 1,
+            "for (int y = y0 + job.warp; y < min2(y0 + most, end_y); y += warps) {": np.ceil(
+                rows / WARPS
+            ),
+            "for (int x = x0 + lane; x < min2(x0 + most, end_x); x += warp_size) {": np.ceil(
+                columns / 32
+            ),
+            "if (row >= 0 && row < height && column >= 0 && column < width && i < area) {": (
+                self["patch_height"] / np.maximum(rows, 1)
+            ),
+            "if (in_fine) {": 0,
             "for (int i = threadIdx.x; i < area; i += threads) {": np.ceil(area / 32 / WARPS),
         }
 
@@ -183,18 +238,12 @@ class Views:
             ),
             "if tl.load(row + GRAYSCALE) != 0:": self["grayscale"],
             "if tl.load(row + PATCH_KIND) != 0:": self.patches,
-            "if met & (kind != 0) & (view < n_written):": self.touched(),
+            "if met & (kind != 0) & (view < n_written):": self.touched(self.tile),
             "for start in range(0, area, BLOCK):  # every program again: a patch is small": np.ceil(
                 area / 512
             ),
             "for first in range(-radius, radius + 1, TAPS):": 2,
         }
-
-
-def _held(radius, tile: tuple[int, int]) -> tuple:
-    """Rows and columns of pixels that the blur of a tile keeps."""
-    down, across = (16 + 2 * radius + 15) // 16, (8 + 2 * radius + 15) // 16
-    return tile[0] - 16 + 16 * down, tile[1] - 8 + 16 * across
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

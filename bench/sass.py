@@ -18,6 +18,7 @@ from ahead import TOOLS
 ROOT = Path(__file__).parents[1]
 UNROLLED = 1.6  # a copy of a loop this much longer than another does several turns at once
 WHOLE = 0.7  # a copy with less than this of another's kinds of instructions leaves something out
+ALIKE = 0.5  # share of the source that copies of a loop have in common
 LOCATION = re.compile(r'\t//## File "(.*?)", line (\d+)( inlined)?')
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 # What executes it; all else is arithmetic of integers, comparisons and choices.
@@ -45,12 +46,19 @@ class Instruction(NamedTuple):
     @property
     def target(self) -> str | None:
         found = re.search(r"`\((\.L\w+)\)", self.operands)
-        return found[1] if found and self.name.startswith("BRA") else None
+        return found[1] if found and self.jumps else None
+
+    @property
+    def jumps(self) -> bool:
+        """Some calls are jumps: functions have no label. BRA.DIV is never taken: it is for threads
+        of a warp that have parted before an exchange."""
+        call = self.name.startswith("CALL.REL.NOINC") and "`(.L" in self.operands
+        return call or self.name.startswith("BRA") and self.name != "BRA.DIV"
 
     @property
     def ends(self) -> bool:
         """Whether what follows is not reached from here."""
-        if self.name.startswith("BRA"):
+        if self.jumps:
             return not self.guarded and not re.match(r"!?U?P\d", self.operands)
         return not self.guarded and re.match("EXIT|RET", self.name) is not None
 
@@ -92,20 +100,28 @@ def executed(kernel: list[Instruction], times: Callable[[str], float | None]) ->
     lines = {head: kernel[blocks[max(ends)].stop - 1].lines for head, (_, ends) in loops.items()}
     for head, (body, _) in loops.items():
         turns = _turns(lines[head], times)
+
         # Compilers make several loops of one: unrolled, and without what a condition excludes.
-        copies = [
-            [kernel[i].name.split(".")[0] for block in other for i in blocks[block]]
-            for it, (other, _) in loops.items()
-            if lines[it] == lines[head] and (it == head or not body & other)
-        ]
-        most = max(len(set(copy)) for copy in copies)
-        whole = min(len(copy) for copy in copies if len(set(copy)) > WHOLE * most)
+        # Loops that have little of the source in common are one for each of its branches.
+        def code(blocks_of_loop: set[int]) -> list[Instruction]:
+            return [kernel[i] for block in blocks_of_loop for i in blocks[block]]
+
+        own = {i.lines for i in code(body)}
+        copies = [code(body)]
+        for it, (other, _) in loops.items():
+            if it != head and lines[it] == lines[head] and not body & other:
+                its = {i.lines for i in code(other)}
+                if len(own & its) > ALIKE * min(len(own), len(its)):
+                    copies.append(code(other))
+        kinds = [{i.name.split(".")[0] for i in copy} for copy in copies]
+        most = max(map(len, kinds))
+        whole = min(len(copy) for copy, its in zip(copies, kinds) if len(its) > WHOLE * most)
         length = sum(len(blocks[block]) for block in body)
         for block in body:
             weight[block] *= turns if whole / UNROLLED < length < UNROLLED * whole else 0
     total: Counter = Counter()
     for block, of_block in zip(blocks, weight):
-        if any(kernel[i].name.startswith("CALL") for i in block):
+        if any(kernel[i].name.startswith("CALL") and not kernel[i].jumps for i in block):
             continue  # divisions that do not fit into 32 bits, and the like
         # One for all of them: compilers attribute a few to lines that they were moved from.
         shares = sorted((_share(kernel[i].lines, times) for i in block), key=np.mean)
@@ -119,7 +135,7 @@ def _blocks(kernel: list[Instruction]) -> tuple[list[range], list[list[int]]]:
     at = {label: i for i, instruction in enumerate(kernel) for label in instruction.labels}
     starts = {0}
     for i, instruction in enumerate(kernel):
-        if instruction.target or instruction.ends:
+        if instruction.target or instruction.name.startswith(("EXIT", "RET")):
             starts |= {i + 1} | ({at[instruction.target]} if instruction.target else set())
     edges = sorted(start for start in starts if start < len(kernel)) + [len(kernel)]
     blocks = [range(*pair) for pair in zip(edges, edges[1:])]

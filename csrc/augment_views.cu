@@ -1,11 +1,10 @@
-// augment_views on a GPU: a block of threads makes a tile of one view. A round makes the views
+// augment_views on a GPU: a block of threads makes some rows of one view. A round makes the views
 // whose sources exist: those of the decoded images first, then those made from them.
 //
 // resize (or resize_view) crops, resizes, flips and adjusts colours up to contrast, which needs the
 // mean of the whole view: every block leaves its part of that sum. finish does the rest, blurs,
 // normalises and stores; paste blends patches in. Between launches pixels are kept in 16 bits, or
-// packed into 11, 11 and 10. Both filters are two passes through shared memory, one for each axis;
-// the blur's are products with band matrices.
+// packed into 11, 11 and 10. Both filters are two products with band matrices, on tensor cores.
 
 #include <type_traits>
 
@@ -18,188 +17,234 @@ namespace {
 
 // -------------------------------------------------------------------------------------- the rest
 
-__device__ inline void to_gray(Rgb& p) {
-    const float level = gray(p.r, p.g, p.b);
-    p = {level, level, level};
-}
-
-// The tile's pixels and those around it, adjusted from contrast on, and blurred.
+// Fills the memory with what a tile reads and the one before it did not, adjusted from contrast on.
 template <bool packed>
-__device__ inline void make_blurred(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args,
-                                    const Job& job, const Jitter& colors, float mean,
-                                    bool grayscale, const Blur& blur, uint16_t* shared) {
+__device__ inline void fill_to_blur(BlurMemory& memory, const GpuRoundArgs& args, const Job& job,
+                                    const Jitter& colors, const Blur& blur) {
     const KeptPixels<packed> kept(args, job);
-    const BlurMemory memory(shared, blur);
-    constexpr int together = 3;  // pixels: a row of what is held, of most views
-    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
+    constexpr int together = 2;  // pairs of rows
+    const int radius = blur.radius, lane = threadIdx.x % warp_size;
+    const int rows = (min2(tile_y, args.height - job.top) + 2 * radius + 1) / 2;  // pairs of them
+    if (job.left == 0) {
+        // What whole steps read beyond that meets taps of zero, but must be a number.
+        uint32_t* const channel = &memory.pairs[0][0][0];
 #pragma unroll 1
-    for (int x = lane; x < memory.width; x += together * warp_size) {
-        int columns[together];
-#pragma unroll
-        for (int i = 0; i < together; ++i)
-            columns[i] = mirrored(job.left - blur.radius + x + i * warp_size, args.width);
+        for (int i = rows * BlurMemory::columns + threadIdx.x; i < BlurMemory::plane; i += threads)
+            channel[i] = channel[i + BlurMemory::plane] = channel[i + 2 * BlurMemory::plane] = 0;
+    }
+    const int end = job.left + blur.columns();  // counted as in the memory
 #pragma unroll 1
-        for (int y = warp; y < memory.rows; y += warps) {
-            Rgb q[together] = {};
-            // What is held past what is read meets taps of zero, but must be a number.
-            if (y < tile_y + 2 * blur.radius) {
-                const int row = mirrored(job.top - blur.radius + y, args.height);
+    for (int column = (job.left ? end - tile_x : 0) + lane; column < end; column += warp_size) {
+        // Past what the last tile reads it may be any number.
+        const int x = mirrored(min2(column - radius, args.width - 1 + radius), args.width);
+        uint32_t* const first = &memory.pairs[0][0][column % BlurMemory::columns];
+#pragma unroll 1
+        for (int row = job.warp; row < rows; row += together * warps) {
+            Rgb q[2 * together];
+            uint32_t* to[together];
 #pragma unroll
-                for (int i = 0; i < together; ++i) q[i] = kept.get(row, columns[i]);
-                adjust(q, colors, colors.contrast_at, colors.count, mean);
-                if (grayscale)
-#pragma unroll
-                    for (Rgb& its : q) to_gray(its);
+            for (int k = 0; k < together; ++k) {
+                const int at = min2(row + k * warps, rows - 1);  // at the end twice the same
+                const int y = job.top - radius + 2 * at;
+                q[2 * k] = kept.get(mirrored_once(y, args.height), x);
+                q[2 * k + 1] = kept.get(mirrored_once(y + 1, args.height), x);
+                to[k] = first + at * BlurMemory::columns;
             }
+            adjust(q, colors, colors.contrast_at, colors.count);
 #pragma unroll
-            for (int i = 0; i < together; ++i)
-                if (x + i * warp_size < memory.width) {
-                    uint16_t* to = &memory.pixel(0, y, x + i * warp_size);
-                    to[0] = to_half(q[i].r - 0.5f);
-                    to[memory.rows * memory.width] = to_half(q[i].g - 0.5f);
-                    to[2 * memory.rows * memory.width] = to_half(q[i].b - 0.5f);
-                }
+            for (int k = 0; k < together; ++k) {
+                const Rgb &a = q[2 * k], &b = q[2 * k + 1];
+                to[k][0] = to_halves(a.r - 0.5f, b.r - 0.5f);
+                to[k][BlurMemory::plane] = to_halves(a.g - 0.5f, b.g - 0.5f);
+                to[k][2 * BlurMemory::plane] = to_halves(a.b - 0.5f, b.b - 0.5f);
+            }
         }
     }
-    __syncthreads();
-    for (int channel = 0; channel < 3; ++channel) blur_channel(memory, blur, channel);
-    const int first = (job.row - job.top) * tile_x + lane;
-    const auto blurred = [&](int channel, int i) {
-        const int at = first + i / columns_each * tile_x + i % columns_each * warp_size;
-        return from_16_bits((&memory.pixel(channel, 0, 0))[at]);
-    };
-#pragma unroll
-    for (int i = 0; i < pixels_each; ++i) pixels[i] = {blurred(0, i), blurred(1, i), blurred(2, i)};
 }
 
+// The source box of a view's patch, which `paste` may overwrite. Without one it is empty.
+struct alignas(16) PatchBox {
+    int top, left, height, width;
+};
+
+__device__ inline void keep_patch(const GpuRoundArgs& args, const Job& job, const PatchBox& box,
+                                  int channel, const float (&values)[pixels_each]) {
+    const int top = job.row - box.top, left = job.column - box.left;
+    if (top >= box.height || top + side <= 0 || left >= box.width || left + side <= 0) return;
+    float* kept = args.boxes + (3 * int64_t(job.index) + channel) * args.room;
+    for_pixels(args, job, [&](int i, int y, int x) {
+        const int row = y - box.top, column = x - box.left, at = row * box.width + column;
+        if (row >= 0 && row < box.height && column >= 0 && column < box.width && at < args.room)
+            kept[at] = values[i];
+    });
+}
+
+// Too coarse to make further views from: see GpuRoundArgs::fine.
+template <class T>
+constexpr bool coarse = std::is_same_v<T, Bfloat> || std::is_same_v<T, uint8_t>;
+
+// Storing a view twice takes more registers.
 template <class T, bool packed>
-__global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs args) {
-    SPD_DYNAMIC_SHARED(uint16_t, shared);
+__global__ void __launch_bounds__(threads, coarse<T> ? 2 : 3)
+    finish_kernel(const GpuRoundArgs args) {
+    __shared__ BlurMemory memory;
     __shared__ Jitter colors;
-    const Job job = job_of(args);
+    __shared__ PatchBox box;
+    __shared__ Planes<T> target;  // of the view: registers are scarce
+    __shared__ Planes<Half> fine;
+    Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
-    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
-    float mean = 0;
-    const float* sums = args.sums + job.index * args.tiles;
-    const int lane = threadIdx.x % warp_size;
+    if (threadIdx.x == 0) {
+        const bool none = int(p.patch_kind) == no_patch;
+        target = planes_of<T>(args.target, job.view, job.image);
+        fine = {};
+        if (job.view < args.fine.count) fine = planes_of<Half>(args.fine, job.view, job.image);
+        box = {int(p.patch_top), int(p.patch_left), none ? 0 : int(p.patch_height),
+               none ? 0 : int(p.patch_width)};
+        set_jitter_of_view(colors, p);
+        float sum = 0;
 #pragma unroll 1
-    for (int i = lane; i < args.tiles; i += warp_size) mean += sums[i];
-    mean = warp_sum(mean) / (args.height * args.width);
-    const Blur of_view(p.blur_sigma, args.height);
-    const bool grayscale = p.grayscale != 0;
+        for (int i = 0; i < args.tiles; ++i) sum += args.sums[int64_t(job.index) * args.tiles + i];
+        set_mean(colors, sum / (args.height * args.width));
+    }
+    const Blur blur(__shfl_sync(all_lanes, p.blur_sigma, 0), args.height);
     __syncthreads();
 
-    Rgb pixels[pixels_each] = {};
-    if (of_view.radius > 0) {
-        make_blurred<packed>(pixels, args, job, colors, mean, grayscale, of_view, shared);
-    } else {
-        const KeptPixels<packed> kept(args, job);
-        for_pixels(args, job, [&](int i, int y, int x) { pixels[i] = kept.get(y, x); });
-        adjust(pixels, colors, colors.contrast_at, colors.count, mean);
-        if (grayscale)
+    const auto put_finished = [&](int channel, const float (&values)[pixels_each]) {
+        put_channel(args, job, args.target, target.channel(channel), channel, values);
+        if constexpr (coarse<T>) {
+            if (fine.r) put_channel(args, job, args.fine, fine.channel(channel), channel, values);
+        }
+        keep_patch(args, job, box, channel, values);
+    };
+#pragma unroll 1
+    for (int left = 0; left < args.width; left += tile_x) {
+        move_to(job, args, left);
+        if (blur.radius > 0) {
+            fill_to_blur<packed>(memory, args, job, colors, blur);
+            __syncthreads();
+            if (job.inside()) {
 #pragma unroll
-            for (Rgb& q : pixels) to_gray(q);
+                for (int c = 0; c < 3; ++c) {
+                    float values[pixels_each];
+                    blur_channel(values, memory, job, blur, c);
+                    put_finished(c, values);
+                }
+            }
+            __syncthreads();
+        } else if (job.inside()) {
+            Rgb pixels[pixels_each] = {};
+            KeptPixels<packed>(args, job).get(args, job, pixels);
+            adjust(pixels, colors, colors.contrast_at, colors.count);
+            float values[3][pixels_each];
+#pragma unroll
+            for (int i = 0; i < pixels_each; ++i)
+                values[0][i] = pixels[i].r, values[1][i] = pixels[i].g, values[2][i] = pixels[i].b;
+#pragma unroll
+            for (int c = 0; c < 3; ++c) put_finished(c, values[c]);
+        }
     }
-
-    const auto view = planes_of<T>(args.target, job.view, job.image);
-    for_pixels(args, job,
-               [&](int i, int y, int x) { put_pixel(view, args.target, y, x, pixels[i]); });
-    if (job.view < args.fine.count) {
-        const auto fine = planes_of<Half>(args.fine, job.view, job.image);
-        for_pixels(args, job,
-                   [&](int i, int y, int x) { put_pixel(fine, args.fine, y, x, pixels[i]); });
-    }
-    if (int(p.patch_kind) == no_patch) return;
-    // The patch's source box, which `paste` may overwrite.
-    const int top = int(p.patch_top), left = int(p.patch_left), width = int(p.patch_width);
-    for_pixels(args, job, [&](int i, int y, int x) {
-        const int row = y - top, column = x - left, at = row * width + column;
-        if (row < 0 || row >= int(p.patch_height) || column < 0 || column >= width ||
-            at >= args.room)
-            return;
-        float* to = args.boxes + 3 * job.index * args.room + at;
-        to[0] = pixels[i].r, to[args.room] = pixels[i].g, to[2 * args.room] = pixels[i].b;
-    });
 }
 
 // ------------------------------------------------------------------------------------- the patch
 
 // The blurred interval [start, start + length) of an axis of n pixels, at place i.
 __device__ inline float alpha_along(int i, int start, int length, float sigma, int n) {
-    const int radius = sigma > 0 ? alpha_radius(sigma) : 0;
+    const int radius = alpha_radius(sigma);
+    const float slope = sigma > 0 ? -0.5f / (sigma * sigma) : 0;
     float inside = 0, total = 0;
 #pragma unroll 1
     for (int k = -radius; k <= radius; ++k) {
-        const float w = radius > 0 ? gaussian_tap(k, sigma) : 1;
+        const float w = expf(k * k * slope);
         const int place = mirrored(i + k, n) - start;
         total += w;
-        if (place >= 0 && place < length) inside += w;
+        if (unsigned(place) < unsigned(length)) inside += w;
     }
     return inside / total;
 }
 
-// Blends the jittered patch in where alpha is not zero: out = (1 - alpha) out + alpha patch.
 template <class T>
-__global__ void __launch_bounds__(threads, 3)
-    paste_kernel(const GpuRoundArgs args, const GpuViews views) {
+__device__ inline void blend(const GpuViews& views, const Planes<T>& view, unsigned at, float alpha,
+                             const Rgb& patch) {
+    const auto blended = [&](T* to, float value, int c) {
+        const float before = (value_of(*to) - views.shift[c]) * views.inverse_scale[c];
+        put(to, ((1 - alpha) * before + alpha * value) * views.scale[c] + views.shift[c]);
+    };
+    blended(view.r + at, patch.r, 0);
+    blended(view.g + at, patch.g, 1);
+    blended(view.b + at, patch.b, 2);
+}
+
+// Blends the jittered patch in where alpha is not zero: out = (1 - alpha) out + alpha patch. A
+// block does so for a view: patches are small.
+template <class T>
+__global__ void __launch_bounds__(threads, 3) paste_kernel(const GpuRoundArgs args) {
+    constexpr int most = threads / 2;  // rows and columns at a time
     __shared__ Jitter colors;
-    __shared__ float a[tile_y], b[tile_x];
+    __shared__ float alpha[2][most];  // of rows and columns
     const Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
     const int kind = int(p.patch_kind), height = int(p.patch_height), width = int(p.patch_width);
+    if (kind == no_patch) return;
     const int top = int(p.target_top), left = int(p.target_left);
     const float sigma_y = kind == smooth_blend ? p.alpha_sigma_y : 0;
     const float sigma_x = kind == smooth_blend ? p.alpha_sigma_x : 0;
-    const int reach_y = alpha_radius(sigma_y), reach_x = alpha_radius(sigma_x);
-    if (kind == no_patch || job.view >= views.count || job.top >= top + height + reach_y ||
-        job.top + tile_y <= top - reach_y || job.left >= left + width + reach_x ||
-        job.left + tile_x <= left - reach_x)
-        return;  // all threads of the block
     if (threadIdx.x == 0) set_jitter_of_patch(colors, p);
-    if (threadIdx.x < tile_y)
-        a[threadIdx.x] = alpha_along(job.top + threadIdx.x, top, height, sigma_y, args.height);
-    if (threadIdx.x < tile_x)
-        b[threadIdx.x] = alpha_along(job.left + threadIdx.x, left, width, sigma_x, args.width);
     __syncthreads();
 
-    const float* box = args.boxes + 3 * job.index * args.room;
-    const auto pixel = [&](int i) {
-        return Rgb{box[i], box[args.room + i], box[2 * args.room + i]};
-    };
+    // The block alone uses the view's patch: it is kept as it is up to contrast.
+    float* box = args.boxes + 3 * int64_t(job.index) * args.room;
     const int area = min2(height * width, args.room);
     float mean = 0;
 #pragma unroll 1
     for (int i = threadIdx.x; i < area; i += threads) {
-        Rgb q[1] = {pixel(i)};
-        adjust(q, colors, 0, colors.contrast_at, 0);
+        Rgb q[1] = {{box[i], box[args.room + i], box[2 * args.room + i]}};
+        adjust(q, colors, 0, colors.contrast_at);
+        box[i] = q[0].r, box[args.room + i] = q[0].g, box[2 * args.room + i] = q[0].b;
         mean += gray(q[0].r, q[0].g, q[0].b);
     }
     mean = block_sum(mean) / area;
+    if (threadIdx.x == 0) set_mean(colors, mean);
+    __syncthreads();
 
-    Rgb patch[pixels_each] = {};
-    const auto for_all = [&](const auto& f) {
-        for_pixels(args, job, [&](int i, int y, int x) {
-            const int row = y - top, column = x - left, at = row * width + column;
-            const bool inside = row >= 0 && row < height && column >= 0 && column < width;
-            f(i, y, x, inside && at < args.room ? at : -1);
-        });
-    };
-    for_all([&](int i, int, int, int at) {
-        if (at >= 0) patch[i] = pixel(at);
-    });
-    adjust(patch, colors, 0, colors.count, mean);
-    const auto view = planes_of<T>(views, job.view, job.image);
-    for_all([&](int i, int y, int x, int at) {
-        const float alpha = a[y - job.top] * b[x - job.left];
-        const float channel[3] = {patch[i].r, patch[i].g, patch[i].b};
-        T* to[3] = {view.r + view.at(y, x), view.g + view.at(y, x), view.b + view.at(y, x)};
-#pragma unroll
-        for (int c = 0; c < 3; ++c) {
-            const float before = (value_of(*to[c]) - views.shift[c]) / views.scale[c];
-            const float after = (1 - alpha) * before + (at < 0 ? 0 : alpha * channel[c]);
-            put(to[c], after * views.scale[c] + views.shift[c]);
+    const auto view = planes_of<T>(args.target, job.view, job.image);
+    const auto fine = planes_of<Half>(args.fine, job.view, job.image);
+    const bool in_fine = args.paste_fine && job.view < args.fine.count;
+    const int reach_y = alpha_radius(sigma_y), reach_x = alpha_radius(sigma_x);
+    const int first_y = max2(top - reach_y, 0), end_y = min2(top + height + reach_y, args.height);
+    const int first_x = max2(left - reach_x, 0), end_x = min2(left + width + reach_x, args.width);
+    const int lane = threadIdx.x % warp_size, place = threadIdx.x % most;
+#pragma unroll 1
+    for (int y0 = first_y; y0 < end_y; y0 += most) {
+#pragma unroll 1
+        for (int x0 = first_x; x0 < end_x; x0 += most) {
+            if (threadIdx.x < most) {
+                if (y0 + place < end_y)
+                    alpha[0][place] = alpha_along(y0 + place, top, height, sigma_y, args.height);
+            } else if (x0 + place < end_x) {
+                alpha[1][place] = alpha_along(x0 + place, left, width, sigma_x, args.width);
+            }
+            __syncthreads();
+#pragma unroll 1
+            for (int y = y0 + job.warp; y < min2(y0 + most, end_y); y += warps) {
+#pragma unroll 1
+                for (int x = x0 + lane; x < min2(x0 + most, end_x); x += warp_size) {
+                    const int row = y - top, column = x - left, i = row * width + column;
+                    Rgb q[1] = {};
+                    if (row >= 0 && row < height && column >= 0 && column < width && i < area) {
+                        q[0] = {box[i], box[args.room + i], box[2 * args.room + i]};
+                        adjust(q, colors, colors.contrast_at, colors.count);
+                    }
+                    const float its_alpha = alpha[0][y - y0] * alpha[1][x - x0];
+                    blend(args.target, view, view.at(y, x), its_alpha, q[0]);
+                    if (in_fine) {
+                        blend(args.fine, fine, fine.at(y, x), its_alpha, q[0]);
+                    }
+                }
+            }
+            __syncthreads();
         }
-    });
+    }
 }
 
 // ------------------------------------------------------------------------------------- launching
@@ -210,25 +255,22 @@ void for_jobs(GpuRoundArgs args, const F& f) {
     constexpr int most = 65535;
     const int64_t jobs = int64_t(args.n_images) * args.views_made;
     for (args.first_job = 0; args.first_job < jobs; args.first_job += most)
-        f(args, dim3((args.width + tile_x - 1) / tile_x, (args.height + tile_y - 1) / tile_y,
-                     min2<int64_t>(most, jobs - args.first_job)));
+        f(args, dim3(1, args.tiles, min2<int64_t>(most, jobs - args.first_job)));
 }
 
 template <class T, bool packed>
 void finish(const GpuRoundArgs& all) {
-    const int radius = blur_radius(all.height);
-    const size_t shared = radius ? BlurMemory::bytes(radius) : 0;
     for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
-        SPD_LAUNCH((finish_kernel<T, packed>), blocks, dim3(threads), shared,
+        SPD_LAUNCH((finish_kernel<T, packed>), blocks, dim3(threads), 0,
                    static_cast<cudaStream_t>(args.stream), args);
     });
 }
 
 template <class T>
-void paste(const GpuRoundArgs& all, const GpuViews& views) {
+void paste(const GpuRoundArgs& all) {
     for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
-        SPD_LAUNCH(paste_kernel<T>, blocks, dim3(threads), 0,
-                   static_cast<cudaStream_t>(args.stream), args, views);
+        SPD_LAUNCH(paste_kernel<T>, dim3(1, 1, blocks.z), dim3(threads), 0,
+                   static_cast<cudaStream_t>(args.stream), args);
     });
 }
 
@@ -239,20 +281,47 @@ void finish_and_paste(const GpuRoundArgs& args) {
     } else {
         finish<T, false>(args);  // what ends as float32 is never packed
     }
-    if (args.room) paste<T>(args, args.target);
+    if (args.room) paste<T>(args);
 }
 
 }  // namespace
 
-void augment_round_cuda(const GpuRoundArgs& all) {
+// How many neighbouring pixels can be read or written at once: 1, 2 or 4.
+static int together(const GpuViews& views, int width) {
+    static constexpr size_t itemsize[] = {4, 2, 2, 1};  // of a DType
+    const auto fits = [&](size_t n) {
+        bool all = width % n == 0 && views.stride[4] == 1 &&
+                   reinterpret_cast<uintptr_t>(views.data) % (n * itemsize[int(views.dtype)]) == 0;
+        for (int axis = 0; axis < 4; ++axis) all = all && views.stride[axis] % n == 0;
+        return all;
+    };
+    return fits(4) ? 4 : fits(2) ? 2 : 1;
+}
+
+void augment_round_cuda(const GpuRoundArgs& given) {
+    GpuRoundArgs all = given;
+    all.inverse = ((1u << 31) + all.views_made - 1) / all.views_made;
+    for (GpuViews* views : {&all.source, &all.target, &all.fine}) {
+        views->together = together(*views, all.width);
+        for (int c = 0; c < 3; ++c) {
+            views->inverse_scale[c] = 1 / views->scale[c];
+            views->middle[c] = 0.5f * views->scale[c] + views->shift[c];
+        }
+    }
     for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
         const auto stream = static_cast<cudaStream_t>(args.stream);
-        if (args.from_images) {
-            SPD_LAUNCH(resize_kernel, blocks, dim3(threads), 0, stream, args);
+        const auto launch = [&](void (*kernel)(GpuRoundArgs)) {
+            SPD_LAUNCH(kernel, blocks, dim3(threads), 0, stream, args);
+        };
+        const bool usual = reads_as_usual(args.source, args.width);
+        if (args.from_images && args.target.dtype == DType::float32) {
+            launch(resize_kernel<2>);
+        } else if (args.from_images) {
+            launch(resize_kernel<1>);
         } else if (args.packed) {
-            SPD_LAUNCH(resize_view_kernel<Half>, blocks, dim3(threads), 0, stream, args);
+            launch(usual ? resize_view_kernel<Half, true> : resize_view_kernel<Half, false>);
         } else {
-            SPD_LAUNCH(resize_view_kernel<float>, blocks, dim3(threads), 0, stream, args);
+            launch(usual ? resize_view_kernel<float, true> : resize_view_kernel<float, false>);
         }
     });
     switch (all.target.dtype) {
@@ -261,7 +330,6 @@ void augment_round_cuda(const GpuRoundArgs& all) {
         case DType::bfloat16: finish_and_paste<Bfloat>(all); break;
         case DType::uint8: finish_and_paste<uint8_t>(all); break;
     }
-    if (all.room && all.paste_fine) paste<Half>(all, all.fine);
 }
 
 }  // namespace spd

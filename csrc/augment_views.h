@@ -51,7 +51,7 @@ struct AugmentArgs {
     }
 
 // On a GPU, one round: views whose sources exist. Pointers are the device's.
-constexpr int view_tile_y = 32, view_tile_x = 64;  // pixels that a block makes
+constexpr int view_tile_y = 64;  // rows that a block makes
 constexpr int most_views = 16;
 constexpr int most_gpu_radius = 16;  // of the blur, whose tile and surroundings fit into 48 KB
 struct GpuViews {
@@ -60,6 +60,9 @@ struct GpuViews {
     int64_t stride[5];  // in elements
     float scale[3], shift[3];
     int count;  // the first views, that there are
+    // Set by augment_round_cuda.
+    int together;                       // neighbours that can be read or written at once
+    float inverse_scale[3], middle[3];  // 0.5 is stored as that
 };
 struct GpuRoundArgs {
     int view[most_views], views_made;
@@ -67,7 +70,8 @@ struct GpuRoundArgs {
     const int64_t* images;     // (images, 3): where an image begins in pixels, height, width
     const ViewParams* params;  // (images, views)
     int n_images, views, height, width, tiles;
-    int64_t first_job;  // of this launch: set by augment_round_cuda
+    int64_t first_job;  // of this launch: this and the next are set by augment_round_cuda
+    unsigned inverse;   // 2^31 / views_made, rounded up
     bool from_images;
     GpuViews source;  // unless from_images
     GpuViews target;

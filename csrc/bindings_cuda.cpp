@@ -68,7 +68,7 @@ using ViewsTuple = std::tuple<uint64_t, std::string, std::array<int64_t, 5>, std
 
 static GpuViews views_of(const ViewsTuple& tuple) {
     const auto& [address, dtype, stride, scale, shift, count] = tuple;
-    GpuViews views{at<void>(address), dtype_of(dtype), {}, {}, {}, count};
+    GpuViews views{at<void>(address), dtype_of(dtype), {}, {}, {}, count, 1, {}, {}};
     std::copy(stride.begin(), stride.end(), views.stride);
     std::copy(scale.begin(), scale.end(), views.scale);
     std::copy(shift.begin(), shift.end(), views.shift);
@@ -93,8 +93,7 @@ static void cuda_augment_round(const std::vector<int>& made, uint64_t pixels, ui
     args.views = views;
     args.height = height;
     args.width = width;
-    args.tiles =
-        ((height + view_tile_y - 1) / view_tile_y) * ((width + view_tile_x - 1) / view_tile_x);
+    args.tiles = (height + view_tile_y - 1) / view_tile_y;
     require(tiles == args.tiles, "sums of tiles of another size");
     args.from_images = !source;
     if (source) args.source = views_of(*source);

@@ -11,6 +11,23 @@
     kernel<<<grid, threads, shared, stream>>>(__VA_ARGS__)
 #define SPD_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
 
+// Within a unit or two in the last place.
+__device__ inline float quick_inverse(float v) {
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(v));
+    return inverse;
+}
+
+// Of two halves each.
+__device__ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+    uint32_t difference;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
+    return difference;
+}
+
+// Of which at least one byte may be read: what lies in one word lies in one page.
+__device__ inline uint32_t load_word(const uint32_t* from) { return *from; }
+
 // c += a b on tensor cores: (16, 16) by (16, 8) of half precision, sums in float. The lanes of a
 // warp hold the operands as PTX's mma.m16n8k16 has them.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

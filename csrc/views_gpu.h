@@ -8,46 +8,87 @@
 namespace spd {
 namespace {
 
-// A block makes a tile of one view. Each of its warps makes a few rows of the tile, and a thread
-// of it the same columns of each: what depends on the row is then the same for the whole warp.
-constexpr int tile_y = view_tile_y, tile_x = view_tile_x, threads = 256;
-constexpr int warps = threads / warp_size;
-constexpr int rows_each = tile_y / warps, columns_each = tile_x / warp_size;
-constexpr int pixels_each = rows_each * columns_each;
+// A block makes tile_y rows of a view, one tile after the other, and each of its warps 16 x 16
+// pixels of a tile. They lie in the warp's lanes as two results of multiply_add do, side by side: a
+// lane has four pairs of neighbours.
+constexpr int tile_y = view_tile_y, tile_x = 32, threads = 256, warps = 8;
+constexpr int side = 16, pixels_each = 8, blocks_y = tile_y / side, blocks_x = tile_x / side;
+static_assert(blocks_y * blocks_x == warps && threads == warps * warp_size);
 
 struct Job {
-    int64_t index;
+    unsigned index;  // of all views that the round makes
     int image, view;
+    int warp;         // of the block; one that all of a warp's lanes know
     int top, left;    // the tile's first pixel
     int row, column;  // the thread's first pixel
+    int room;         // rows and columns of the view from the warp's first pixel on, the fewer
+
+    __device__ bool inside() const { return room > 0; }
+    __device__ int block_y() const { return warp / blocks_x; }
+    __device__ int block_x() const { return warp % blocks_x; }
 };
 
 __device__ inline Job job_of(const GpuRoundArgs& args) {
-    const unsigned index = args.first_job + blockIdx.z, image = index / unsigned(args.views_made);
-    const int top = blockIdx.y * tile_y, left = blockIdx.x * tile_x;
-    return {index,
-            int(image),
-            args.view[index - image * args.views_made],
-            top,
-            left,
-            top + int(threadIdx.x) / warp_size * rows_each,
-            left + int(threadIdx.x) % warp_size};
+    const unsigned index = args.first_job + blockIdx.z;
+    const unsigned image = __umulhi(2 * index, args.inverse);
+    Job job{};
+    job.index = index;
+    job.image = int(image);
+    job.view = args.view[index - image * args.views_made];
+    // With an exchange the compiler knows that all lanes take the same branches.
+    job.warp = __shfl_sync(all_lanes, threadIdx.x / warp_size, 0);
+    job.top = blockIdx.y * tile_y;
+    return job;
 }
 
-// Calls f(which, y, x) for those of a thread's pixels that are inside the view.
+__device__ inline void move_to(Job& job, const GpuRoundArgs& args, int left) {
+    const int row = job.top + job.block_y() * side, column = left + job.block_x() * side;
+    job.left = left;
+    job.row = row + threadIdx.x % warp_size / 4;
+    job.column = column + threadIdx.x % 4 * 2;
+    job.room = min2(args.height - row, args.width - column);
+}
+
+// Calls f(i, y, x) for those of a thread's pairs, its pixels i and i + 1, that begin in the view.
+template <class F>
+__device__ inline void for_pairs(const GpuRoundArgs& args, const Job& job, const F& f) {
+    const auto for_all = [&](const auto& g) {
+#pragma unroll
+        for (int i = 0; i < pixels_each; i += 2)
+            g(i, job.row + i / 4 * 8, job.column + i / 2 % 2 * 8);
+    };
+    if (job.room >= side) {
+        for_all(f);
+    } else {
+        for_all([&](int i, int y, int x) {
+            if (y < args.height && x < args.width) f(i, y, x);
+        });
+    }
+}
+
+// Where pair i lies, from the thread's first pixel on: from one address on, most of that is known.
+__device__ inline int pair_offset(int i, int pitch) { return i / 4 * 8 * pitch + i / 2 % 2 * 8; }
+
+// Calls f(i, y, x) for those of a thread's pixels that are in the view: less code, but slower.
 template <class F>
 __device__ inline void for_pixels(const GpuRoundArgs& args, const Job& job, const F& f) {
 #pragma unroll
     for (int i = 0; i < pixels_each; ++i) {
-        const int y = job.row + i / columns_each, x = job.column + i % columns_each * warp_size;
+        const int y = job.row + i / 4 * 8, x = job.column + i / 2 % 2 * 8 + i % 2;
         if (y < args.height && x < args.width) f(i, y, x);
     }
 }
 
-// As reflect, but quick where one reflection is enough.
+// As reflect, where one reflection is enough: -n < i < 2 n - 1.
+__device__ inline int mirrored_once(int i, int n) {
+    const int place = i < 0 ? -i : i;
+    return min2(place, 2 * n - 2 - place);
+}
+
+// As reflect, but quick in that case.
 __device__ inline int mirrored(int i, int n) {
-    int place = i < 0 ? -i : i < n ? i : 2 * n - 2 - i;
-    if (place < 0 || place >= n) place = reflect(i, n);
+    int place = mirrored_once(i, n);
+    if (place < 0) place = reflect(i, n);
     return place;
 }
 
@@ -58,7 +99,8 @@ struct Planes {
     T *r, *g, *b;
     int down, across;  // from row to row and column to column, in elements
 
-    __device__ int at(int y, int x) const { return y * down + x * across; }
+    __device__ unsigned at(int y, int x) const { return y * down + x * across; }
+    __device__ T* channel(int c) const { return c == 0 ? r : c == 1 ? g : b; }
 };
 
 __device__ inline const ViewParams& row_of(const GpuRoundArgs& args, const Job& job) {
@@ -67,64 +109,111 @@ __device__ inline const ViewParams& row_of(const GpuRoundArgs& args, const Job& 
 
 // ---------------------------------------------------------------------------- pixels in memory
 
+__device__ inline uint8_t byte_of(float v) {
+    return uint8_t(int(min2(max2(v, 0.f), 255.f) + 0.5f));
+}
 __device__ inline void put(float* to, float v) { *to = v; }
 __device__ inline void put(Half* to, float v) { to->bits = to_half(v); }
 __device__ inline void put(Bfloat* to, float v) { to->bits = to_bfloat16(v); }
-__device__ inline void put(uint8_t* to, float v) {
-    *to = uint8_t(int(min2(max2(v, 0.f), 255.f) + 0.5f));
-}
+__device__ inline void put(uint8_t* to, float v) { *to = byte_of(v); }
 
-// 2^15 + the byte.
-__device__ inline float over_byte(uint8_t byte) { return float_of(byte * 256u + 0x47000000); }
+// Two neighbours, where they are aligned as one.
+__device__ inline void put_two(float* to, float v, float w) {
+    *reinterpret_cast<float2*>(to) = {v, w};
+}
+__device__ inline void put_two(Half* to, float v, float w) {
+    *reinterpret_cast<uint32_t*>(to) = to_halves(v, w);
+}
+__device__ inline void put_two(Bfloat* to, float v, float w) {
+    *reinterpret_cast<uint32_t*>(to) = to_bfloat16(v) | uint32_t(to_bfloat16(w)) << 16;
+}
+__device__ inline void put_two(uint8_t* to, float v, float w) {
+    *reinterpret_cast<uint16_t*>(to) = uint16_t(byte_of(v) | byte_of(w) << 8);
+}
 
 // Bits < 2^23 become the mantissa of 2^23 + bits, and back: converting integers takes four times as
-// long as adding floats.
+// long as adding floats. Rounded once, so that bits of zero give exactly zero.
 constexpr float two_23 = 8388608.f;
-__device__ inline float from_bits(uint32_t bits) { return float_of(bits | 0x4b000000) - two_23; }
-__device__ inline uint32_t to_bits(float v, float most) {
-    return bits_of(v * most + two_23) & 0x7fffff;
+__device__ inline float from_bits(uint32_t bits, float scale) {
+    return fmaf(float_of(bits | 0x4b000000), scale, -two_23 * scale);
 }
-
 // Of values in [0, 1]. As the most is a power of two, one multiplication and addition is exact.
 constexpr float most_16 = 32768;
 __device__ inline uint16_t to_16_bits(float v) { return uint16_t(bits_of(v * most_16 + two_23)); }
-__device__ inline float from_16_bits(uint16_t bits) {
-    return float_of(bits | 0x4b000000) * (1 / most_16) - two_23 / most_16;
+__device__ inline uint32_t two_16_bits(float low, float high) {
+    return __byte_perm(bits_of(low * most_16 + two_23), bits_of(high * most_16 + two_23), 0x5410);
 }
+__device__ inline float from_16_bits(uint32_t bits) { return from_bits(bits, 1 / most_16); }
 
 // The views of a round between launches: three planes of 16 bits, or packed into 11, 11 and 10.
+// Rows are even, so that a pair is read and written at once.
 template <bool packed>
 struct KeptPixels {
     Planes<uint16_t> planes;
     uint32_t* pixels;
 
     __device__ KeptPixels(const GpuRoundArgs& args, const Job& job) {
-        const int64_t plane = int64_t(args.height) * args.width;
-        auto* first = static_cast<uint16_t*>(args.scratch) + job.index * plane * (packed ? 2 : 3);
-        planes = {first, first + plane, first + 2 * plane, args.width, 1};
+        const int pitch = args.width + args.width % 2;
+        const int64_t plane = int64_t(args.height) * pitch;
+        auto* first = static_cast<uint16_t*>(args.scratch) + plane * (packed ? 2 : 3) * job.index;
+        planes = {first, first + plane, first + 2 * plane, pitch, 1};
         pixels = reinterpret_cast<uint32_t*>(first);
     }
-    __device__ void put(int y, int x, const Rgb& p) const {
-        const int at = planes.at(y, x);
-        if constexpr (packed) {
-            pixels[at] = to_bits(p.r, 2047) | to_bits(p.g, 2047) << 11 | to_bits(p.b, 1023) << 22;
-        } else {
-            planes.r[at] = to_16_bits(p.r);
-            planes.g[at] = to_16_bits(p.g);
-            planes.b[at] = to_16_bits(p.b);
-        }
-    }
     __device__ Rgb get(int y, int x) const {
-        const int at = planes.at(y, x);
+        const unsigned at = planes.at(y, x);
         if constexpr (packed) {
-            const uint32_t bits = pixels[at];
-            return {from_bits(bits & 2047) * (1 / 2047.f),
-                    from_bits(bits >> 11 & 2047) * (1 / 2047.f),
-                    from_bits(bits >> 22) * (1 / 1023.f)};
+            return unpacked(pixels[at]);
         } else {
             return {from_16_bits(planes.r[at]), from_16_bits(planes.g[at]),
                     from_16_bits(planes.b[at])};
         }
+    }
+    // All of a thread's pixels.
+    __device__ void put(const GpuRoundArgs& args, const Job& job,
+                        const Rgb (&from)[pixels_each]) const {
+        const unsigned first = planes.at(job.row, job.column);
+        uint16_t *r = planes.r + first, *g = planes.g + first, *b = planes.b + first;
+        for_pairs(args, job, [&](int i, int, int) {
+            const Rgb &p = from[i], &q = from[i + 1];
+            const int at = pair_offset(i, planes.down);
+            if constexpr (packed) {
+                *reinterpret_cast<uint2*>(pixels + first + at) = {packed_bits(p), packed_bits(q)};
+            } else {
+                pair_at(r + at) = two_16_bits(p.r, q.r);
+                pair_at(g + at) = two_16_bits(p.g, q.g);
+                pair_at(b + at) = two_16_bits(p.b, q.b);
+            }
+        });
+    }
+    __device__ void get(const GpuRoundArgs& args, const Job& job, Rgb (&to)[pixels_each]) const {
+        const unsigned first = planes.at(job.row, job.column);
+        uint16_t *r = planes.r + first, *g = planes.g + first, *b = planes.b + first;
+        for_pairs(args, job, [&](int i, int, int) {
+            Rgb &p = to[i], &q = to[i + 1];
+            const int at = pair_offset(i, planes.down);
+            if constexpr (packed) {
+                const auto bits = *reinterpret_cast<const uint2*>(pixels + first + at);
+                p = unpacked(bits.x), q = unpacked(bits.y);
+            } else {
+                const uint32_t rs = pair_at(r + at), gs = pair_at(g + at), bs = pair_at(b + at);
+                p = {from_16_bits(rs & 0xffff), from_16_bits(gs & 0xffff),
+                     from_16_bits(bs & 0xffff)};
+                q = {from_16_bits(rs >> 16), from_16_bits(gs >> 16), from_16_bits(bs >> 16)};
+            }
+        });
+    }
+
+  private:
+    __device__ static uint32_t& pair_at(uint16_t* two) { return *reinterpret_cast<uint32_t*>(two); }
+    // Shifted out, or added to 2^10 which is, are the bits that stand for 2^23.
+    __device__ static uint32_t packed_bits(const Rgb& p) {
+        constexpr float rest = 1024 - (0x4b000000 >> 22);
+        return bits_of(p.r * 2047 + two_23) + (bits_of(p.g * 2047 + two_23) << 11) +
+               (bits_of(p.b * 1023 + (two_23 + rest)) << 22);
+    }
+    __device__ static Rgb unpacked(uint32_t bits) {
+        return {from_bits(bits & 2047, 1 / 2047.f), from_bits(bits & 2047 << 11, 1 / 2047.f / 2048),
+                from_bits(bits >> 22, 1 / 1023.f)};
     }
 };
 
@@ -136,22 +225,35 @@ __device__ inline Planes<T> planes_of(const GpuViews& views, int view, int image
     return {first, first + stride[2], first + 2 * stride[2], int(stride[3]), int(stride[4])};
 }
 
+// One channel of a thread's pixels, to its plane of a view.
 template <class T>
-__device__ inline void put_pixel(const Planes<T>& view, const GpuViews& views, int y, int x,
-                                 const Rgb& p) {
-    const int at = view.at(y, x);
-    put(view.r + at, p.r * views.scale[0] + views.shift[0]);
-    put(view.g + at, p.g * views.scale[1] + views.shift[1]);
-    put(view.b + at, p.b * views.scale[2] + views.shift[2]);
+__device__ inline void put_channel(const GpuRoundArgs& args, const Job& job, const GpuViews& views,
+                                   T* plane, int channel, const float (&values)[pixels_each]) {
+    const int down = int(views.stride[3]), across = int(views.stride[4]);
+    const auto stored = [&](int i) {
+        return values[i] * views.scale[channel] + views.shift[channel];
+    };
+    if (views.together > 1) {
+        T* first = plane + unsigned(job.row * down + job.column);
+        for_pairs(args, job, [&](int i, int, int) {
+            put_two(first + pair_offset(i, down), stored(i), stored(i + 1));
+        });
+    } else {
+        for_pixels(args, job, [&](int i, int y, int x) {
+            put(plane + unsigned(y * down + x * across), stored(i));
+        });
+    }
 }
 
 // --------------------------------------------------------------------------------------- colours
 
-// The adjustments of a jitter that change anything, in their order; worked out once for a block.
+// The adjustments of a jitter that change anything, in their order, and grayscale; worked out once
+// for a block.
 struct Jitter {
     int count, contrast_at;  // steps; the one at which the mean gray is needed
-    int op[4];               // 0 brightness, 1 contrast, 2 saturation, 3 hue
-    float amount[4];         // a factor; of hue sixths of a circle, in [0, 6)
+    int op[5];               // 0 brightness, 1 contrast, 2 saturation, 3 hue, 4 to gray
+    float amount[5];         // a factor; of hue sixths of a circle, in [0, 6)
+    float rest[5];           // that brightness and contrast add: see set_mean
 };
 
 __device__ inline void set_jitter(Jitter& j, float order, float brightness, float contrast,
@@ -164,12 +266,14 @@ __device__ inline void set_jitter(Jitter& j, float order, float brightness, floa
         if (op == 1) j.contrast_at = j.count;
         if (amount == (op == 3 ? 0 : 1)) continue;
         j.op[j.count] = op;
+        j.rest[j.count] = 0;
         j.amount[j.count++] = amount;
     }
 }
 
 __device__ inline void set_jitter_of_view(Jitter& j, const ViewParams& p) {
     set_jitter(j, p.jitter_order, p.brightness, p.contrast, p.saturation, p.hue);
+    if (p.grayscale != 0) j.op[j.count++] = 4;
 }
 
 __device__ inline void set_jitter_of_patch(Jitter& j, const ViewParams& p) {
@@ -177,21 +281,29 @@ __device__ inline void set_jitter_of_patch(Jitter& j, const ViewParams& p) {
                p.patch_hue);
 }
 
+// The mean gray of what has been adjusted up to contrast.
+__device__ inline void set_mean(Jitter& j, float mean) {
+    if (j.contrast_at < j.count && j.op[j.contrast_at] == 1)
+        j.rest[j.contrast_at] = (1 - j.amount[j.contrast_at]) * mean;
+}
+
 // Steps first..last-1 on some pixels at once; all threads take the same branches.
 template <int n>
-__device__ inline void adjust(Rgb (&pixels)[n], const Jitter& j, int first, int last, float mean) {
+__device__ inline void adjust(Rgb (&pixels)[n], const Jitter& j, int first, int last) {
 #pragma unroll 1
     for (int step = first; step < last; ++step) {
         const int op = j.op[step];
-        const float amount = j.amount[step];
+        const float amount = j.amount[step], rest = j.rest[step];
         if (op == 3) {
 #pragma unroll
             for (Rgb& p : pixels) p = adjust_hue(p, amount);
         } else if (op == 2) {
 #pragma unroll
             for (Rgb& p : pixels) p = adjust_saturation(p, amount);
+        } else if (op == 4) {
+#pragma unroll
+            for (Rgb& p : pixels) p.r = p.g = p.b = gray(p.r, p.g, p.b);
         } else {
-            const float rest = op == 1 ? (1 - amount) * mean : 0;
 #pragma unroll
             for (Rgb& p : pixels)
                 p = {adjust_contrast(p.r, amount, rest), adjust_contrast(p.g, amount, rest),
@@ -218,20 +330,10 @@ __device__ inline float block_sum(float v) {
     return sum;
 }
 
-// Adjusts a thread's pixels up to contrast, keeps them, and leaves the tile's sum of gray.
-template <bool packed>
-__device__ inline void keep_up_to_contrast(const GpuRoundArgs& args, const Job& job,
-                                           const Jitter& colors, Rgb (&pixels)[pixels_each]) {
-    const KeptPixels<packed> kept(args, job);
-    adjust(pixels, colors, 0, colors.contrast_at, 0);
-    float sum = 0;
-    for_pixels(args, job, [&](int i, int y, int x) {
-        kept.put(y, x, pixels[i]);
-        sum += gray(pixels[i].r, pixels[i].g, pixels[i].b);
-    });
-    sum = block_sum(sum);
-    if (threadIdx.x == 0)
-        args.sums[job.index * args.tiles + blockIdx.y * gridDim.x + blockIdx.x] = sum;
+// Leaves the sum of gray of what the block makes; `sum` is the thread's part of it.
+__device__ inline void keep_sum(const GpuRoundArgs& args, const Job& job, float sum) {
+    const float total = block_sum(sum);
+    if (threadIdx.x == 0) args.sums[int64_t(job.index) * args.tiles + blockIdx.y] = total;
 }
 
 }  // namespace

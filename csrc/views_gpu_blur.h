@@ -15,8 +15,7 @@ struct Blur {
     // none, the radius alone is set.
     static constexpr int most_steps = (16 + 2 * most_gpu_radius + 15) / 16;
     int radius;
-    int steps_down, steps_across;        // of 16 source pixels that a block of outputs reads
-    float gain;                          // 1 / the sum of the taps, as they are rounded
+    float gain;                          // 1 / the square of the sum of the taps, as rounded
     uint32_t pairs[2 * most_steps + 1];  // of neighbouring taps, half precision
 
     __device__ Blur(float sigma, int height) : radius(0) {
@@ -24,13 +23,13 @@ struct Blur {
         const int lane = threadIdx.x % warp_size;
         float tap = lane > blur_radius(height) ? 0 : gaussian_tap(lane, sigma);
         tap /= warp_sum(lane ? 2 * tap : tap);
-        radius = __popc(__ballot_sync(all_lanes, tap >= negligible_tap)) - 1;
+        radius =
+            __shfl_sync(all_lanes, __popc(__ballot_sync(all_lanes, tap >= negligible_tap)) - 1, 0);
         if (radius == 0) return;
-        steps_down = (16 + 2 * radius + 15) / 16;
-        steps_across = (8 + 2 * radius + 15) / 16;
         const uint32_t half = lane > radius ? 0 : to_half(tap);
         const float rounded = value_of(Half{uint16_t(half)});
-        gain = 1 / warp_sum(lane ? 2 * rounded : rounded);
+        const float sum = warp_sum(lane ? 2 * rounded : rounded);
+        gain = 1 / (sum * sum);
 #pragma unroll
         for (int i = 0; i < 2 * most_steps + 1; ++i) {
             const int place = lane % 4 * 2 - lane / 4 + 8 * (i - 1) - radius;
@@ -46,83 +45,82 @@ struct Blur {
         return distance > radius ? 0 : found;
     }
 
-    // Pixels around a tile that are held: as many as whole steps read.
-    SPD_HD static int rows_held(int steps_down) { return tile_y - 16 + 16 * steps_down; }
-    SPD_HD static int columns_held(int steps_across) { return tile_x - 8 + 16 * steps_across; }
+    // Steps of 16 source pixels that 16 rows and 8 columns read.
+    __device__ int steps_down() const { return (16 + 2 * radius + 15) / 16; }
+    __device__ int steps_across() const { return (8 + 2 * radius + 15) / 16; }
+
+    // What they read of a tile and around it.
+    __device__ int columns() const { return tile_x - 8 + 16 * steps_across(); }
 };
 static_assert(most_gpu_radius < warp_size, "a lane for every tap");
 
-// Halves of (v - 0.5), where half precision is finest, in pairs: two rows of `around` lie side by
-// side, and two columns of `columns`.
+// A tile and what is around it: halves of (v - 0.5), where half precision is finest, in pairs of
+// two rows. Column x of a view lies at (x + radius) % columns: the next tile takes over what it
+// needs. The length of a row keeps the lanes of a product in different banks.
 struct BlurMemory {
-    uint16_t *around, *columns;  // (3, rows / 2, width, 2); one channel: (tile_y, width / 2, 2)
-    int rows, width;
-
-    __device__ BlurMemory(uint16_t* memory, const Blur& blur)
-        : around(memory),
-          rows(Blur::rows_held(blur.steps_down)),
-          width(Blur::columns_held(blur.steps_across)) {
-        columns = around + 3 * rows * width;
-    }
-    __device__ uint16_t& pixel(int channel, int y, int x) const {
-        return around[((channel * (rows / 2) + y / 2) * width + x) * 2 + y % 2];
-    }
-    static size_t bytes(int radius) {
-        const int width = Blur::columns_held((8 + 2 * radius + 15) / 16);
-        return (3 * Blur::rows_held((16 + 2 * radius + 15) / 16) + tile_y) * width * 2;
-    }
+    static constexpr int rows = tile_y - 16 + 16 * Blur::most_steps;
+    static constexpr int columns = tile_x - 8 + 16 * ((8 + 2 * most_gpu_radius + 15) / 16);
+    static constexpr int plane = rows / 2 * columns;
+    static_assert(columns % 32 == 8 || columns % 32 == 24);
+    uint32_t pairs[3][rows / 2][columns];
 };
 
-// Blurs a channel of `around`, and leaves the tile there as 16 bits, tile_x to a row.
-__device__ inline void blur_channel(const BlurMemory& memory, const Blur& blur, int channel) {
-    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    const int group = lane / 4, member = lane % 4, width = memory.width;
-    auto* around = reinterpret_cast<uint32_t*>(&memory.pixel(channel, 0, 0));
-    auto* columns = reinterpret_cast<uint32_t*>(memory.columns);
+// Blurs a channel of a warp's 16 x 16 pixels; the steps are the blur's. The product down the
+// columns gives 8 columns at a time, in the very lanes where the product along the rows needs them.
+template <int steps_down, int steps_across>
+__device__ inline void blur_channel(float (&values)[pixels_each], const BlurMemory& memory,
+                                    const Job& job, const Blur& blur, int channel) {
+    const int lane = threadIdx.x % warp_size;
     const uint32_t (&pairs)[2 * Blur::most_steps + 1] = blur.pairs;
-    // A warp makes blocks of 16 x 8 outputs, always of the same rows.
-    static_assert(tile_y == 32 && warps % 2 == 0);
-    const int row = warp % 2 * 16, first = warp / 2 * 8;
-    constexpr int step = warps / 2 * 8;  // columns to a warp's next block
-    const uint32_t* from = around + (row / 2 + member) * width + first + group;
-    uint32_t* to = columns + (row + group) * (width / 2) + first / 2 + member;
-#pragma unroll 1
-    for (int column = first; column < width; column += step) {
+    constexpr int most_blocks = BlurMemory::columns / 8;
+    const int first_block = (job.left + job.block_x() * side) / 8 % most_blocks;
+    const uint32_t* from = &memory.pairs[channel][job.block_y() * side / 2 + lane % 4][lane / 4];
+    struct Columns {
+        uint32_t upper, lower;  // rows
+    };
+    const auto down = [&](int i) {  // the i-th 8 columns
+        const int block = first_block + i;
+        const uint32_t* first = from + 8 * (block < most_blocks ? block : block - most_blocks);
         float sums[4] = {};
 #pragma unroll
-        for (int s = 0; s < Blur::most_steps; ++s) {
-            if (s < blur.steps_down) {
-                const uint32_t taps[4] = {pairs[2 * s + 1], pairs[2 * s], pairs[2 * s + 2],
-                                          pairs[2 * s + 1]};
-                const uint32_t pixels[2] = {from[8 * s * width], from[(8 * s + 4) * width]};
-                multiply_add(sums, taps, pixels);
-            }
+        for (int s = 0; s < steps_down; ++s) {
+            const uint32_t* at = first + 8 * s * BlurMemory::columns;
+            const uint32_t source[2] = {at[0], at[4 * BlurMemory::columns]};
+            multiply_add(sums, {pairs[2 * s + 1], pairs[2 * s], pairs[2 * s + 2], pairs[2 * s + 1]},
+                         source);
         }
-        to[0] = to_halves(sums[0] * blur.gain, sums[1] * blur.gain);
-        to[4 * width] = to_halves(sums[2] * blur.gain, sums[3] * blur.gain);
-        from += step;
-        to += step / 2;
-    }
-    __syncthreads();
-    from = columns + (row + group) * (width / 2) + first / 2 + member;
-    to = around + ((row + group) * tile_x + first) / 2 + member;
+        return Columns{to_halves(sums[0], sums[1]), to_halves(sums[2], sums[3])};
+    };
+    float sums[2][4] = {};  // of the left and the right 8 columns
+    const auto across = [&](int half, int s, const Columns& a, const Columns& b) {
+        const uint32_t source[4] = {a.upper, a.lower, b.upper, b.lower};
+        multiply_add(sums[half], source, {pairs[2 * s + 1], pairs[2 * s + 2]});
+    };
+    Columns first = down(0);
 #pragma unroll
-    for (int column = 0; column < tile_x; column += step, from += step / 2, to += step / 2) {
-        float sums[4] = {};
-#pragma unroll
-        for (int s = 0; s < Blur::most_steps; ++s) {
-            if (s < blur.steps_across) {
-                const uint32_t* at = from + 8 * s;
-                const uint32_t pixels[4] = {at[0], at[4 * width], at[4], at[4 * width + 4]};
-                const uint32_t taps[2] = {pairs[2 * s + 1], pairs[2 * s + 2]};
-                multiply_add(sums, pixels, taps);
-            }
-        }
-        const auto bits = [&](float sum) { return to_16_bits(clamp01(sum * blur.gain + 0.5f)); };
-        to[0] = bits(sums[0]) | uint32_t(bits(sums[1])) << 16;
-        to[4 * tile_x] = bits(sums[2]) | uint32_t(bits(sums[3])) << 16;
+    for (int s = 0; s < steps_across; ++s) {
+        const Columns second = down(2 * s + 1), third = down(2 * s + 2);
+        across(0, s, first, second);
+        across(1, s, second, third);
+        first = third;
     }
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < pixels_each; ++i)
+        values[i] = clamp01(sums[i / 2 % 2][i / 4 * 2 + i % 2] * blur.gain + 0.5f);
+}
+
+__device__ inline void blur_channel(float (&values)[pixels_each], const BlurMemory& memory,
+                                    const Job& job, const Blur& blur, int channel) {
+    static_assert(Blur::most_steps == 3);
+    if (blur.steps_down() == 3 && blur.steps_across() == 3) {
+        blur_channel<3, 3>(values, memory, job, blur, channel);
+    } else if (blur.steps_down() == 3) {
+        blur_channel<3, 2>(values, memory, job, blur, channel);
+    } else if (blur.steps_across() == 2) {
+        blur_channel<2, 2>(values, memory, job, blur, channel);
+    } else {
+        blur_channel<2, 1>(values, memory, job, blur, channel);
+    }
 }
 
 }  // namespace

@@ -1,220 +1,312 @@
-// The kernels of augment_views.cu that crop, resize, flip, and adjust colours up to contrast.
+// The kernels of augment_views.cu that make pixels of a view from those of its source.
 #pragma once
 
-#include <type_traits>
-
-#include "views_gpu.h"
+#include "views_gpu_source.h"
 
 namespace spd {
 namespace {
 
-constexpr int chunk = 32, chunk_each = chunk / warps;  // source rows at a time
+// Resizing along an axis is a product with a band matrix of triangles, on tensor cores. That of the
+// columns gives 16 columns of 8 source rows at a time, in the very lanes where the product with the
+// matrix of the rows needs them as its other operand: nothing goes through memory in between.
 
-// Bytes are taken as 2^15 + byte: what that adds, as the weights sum to 1 / 255.
-constexpr float under_bytes = -32768 / 255.f;
+// The taps of 16 source pixels: halves, as multiply_add's first operand, not normalised yet. Two
+// parts: what the first leaves of them, for twice as many bits.
+template <int parts>
+struct Taps {
+    struct alignas(16) {
+        uint32_t pairs[4];
+    } part[parts];
 
-// What one output reads along an axis; the weights are not normalised yet.
-struct Axis {
-    float scale, support, slope;
-    int in, taps;
-
-    __device__ float centre(int i) const { return (i + 0.5f) * scale; }
-    __device__ int first(float centre) const { return first_tap(centre, support, in, taps); }
+    __device__ void multiply(float (&sums)[4], const uint32_t (&source)[2]) const {
+#pragma unroll
+        for (const auto& its : part) multiply_add(sums, its.pairs, source);
+    }
+    __device__ void add_to(float (&sums)[4]) const { multiply(sums, {0x3c003c00, 0x3c003c00}); }
 };
 
-__device__ inline Axis axis_of(int in, int out) {
+// Of 16 neighbouring outputs along one axis.
+struct Axis {
+    float scale, slope;
+    int in, out, start, flip;
+    int begin, end, steps;  // source pixels that are read; 16 in a step
+
+    // In source pixels; outputs past the end are as the last one.
+    __device__ float centre(int i) const {
+        const int place = min2(start + i, out - 1);
+        return ((flip ? out - 1 - place : place) + 0.5f) * scale;
+    }
+    // A lane reads four neighbours in a row, or two pairs of rows.
+    template <int parts>
+    __device__ Taps<parts> taps_of_columns(int step) const {
+        const int first = begin + 16 * step + threadIdx.x % 4 * 4;
+        return taps<parts>(first, first + 2);
+    }
+    template <int parts>
+    __device__ Taps<parts> taps_of_rows(int step) const {
+        const int first = begin + 16 * step + threadIdx.x % 4 * 2;
+        return taps<parts>(first, first + 8);
+    }
+    // Of outputs lane / 4 and lane / 4 + 8, on the source pixels `first`, first + 1, `second` and
+    // second + 1.
+    template <int parts>
+    __device__ Taps<parts> taps(int first, int second) const {
+        const int row = threadIdx.x % warp_size / 4;
+        const float centres[2] = {centre(row), centre(row + 8)};
+        Taps<parts> found;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float tap[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const int at = (i / 2 ? second : first) + k;
+                const float place = unsigned(at) < unsigned(in) ? at + 0.5f : -1e9f;
+                tap[k] = triangle(place - centres[i % 2], slope);
+            }
+#pragma unroll
+            for (auto& part : found.part) {
+                part.pairs[i] = to_halves(tap[0], tap[1]);
+                tap[0] -= value_of(Half{uint16_t(part.pairs[i])});
+                tap[1] -= value_of(Half{uint16_t(part.pairs[i] >> 16)});
+            }
+        }
+        return found;
+    }
+};
+
+__device__ inline Axis axis_of(int in, int out, int start, int flip) {
     const float scale = float(in) / out, support = max2(1.f, scale);
-    return {scale, support, 1 / support, in, most_taps(in, out)};
+    Axis axis{scale, 1 / support, in, out, start, flip, 0, 0, 0};
+    const float a = axis.centre(0), b = axis.centre(side - 1);
+    axis.begin = max2(int(min2(a, b) - support + 0.5f), 0);
+    axis.end = min2(int(max2(a, b) + support + 0.5f), in);
+    axis.steps = (axis.end - axis.begin + 15) / 16;
+    return axis;
 }
 
-__global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs args) {
-    __shared__ float line[chunk][3][tile_x];  // source rows, resized along the row
-    __shared__ Axis axes[2];                  // down and across
-    __shared__ Jitter colors;
-    const Job job = job_of(args);
-    const ViewParams& p = row_of(args, job);
-    const int lane = threadIdx.x % warp_size, warp = threadIdx.x / warp_size;
-    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
-    if (threadIdx.x < 2)
-        axes[threadIdx.x] = threadIdx.x ? axis_of(int(p.crop_width), args.width)
-                                        : axis_of(int(p.crop_height), args.height);
-    __syncthreads();
-    const int64_t* image = args.images + 3 * int64_t(job.image);
-    const int pitch = 3 * int(image[2]);
-    const uint8_t* corner =
-        args.pixels + image[0] + int(p.crop_top) * int64_t(pitch) + 3 * int(p.crop_left);
+// At least as many as an axis_of has.
+__device__ inline int most_steps(int in, int out) {
+    const float scale = float(in) / out;
+    return int(((side - 1) * scale + 2 * max2(1.f, scale) + 1) / 16) + 1;
+}
 
-    // Threads past the view's end do as its last pixel does. Flipping commutes with all that comes
-    // before the patch.
-    const Axis &down = axes[0], &across = axes[1];
-    int first[columns_each];
-    float distance[columns_each], gain[columns_each] = {};  // from the first tap to the centre
-#pragma unroll
-    for (int c = 0; c < columns_each; ++c) {
-        const int x = min2(job.column + c * warp_size, args.width - 1);
-        const float centre = across.centre(p.flip != 0 ? args.width - 1 - x : x);
-        first[c] = across.first(centre);
-        distance[c] = first[c] + 0.5f - centre;
-    }
-#pragma unroll 1
-    for (int k = 0; k < across.taps; ++k)
-#pragma unroll
-        for (int c = 0; c < columns_each; ++c) gain[c] += triangle(distance[c] + k, across.slope);
-#pragma unroll
-    for (int c = 0; c < columns_each; ++c) gain[c] = 1 / (255 * gain[c]);
-    const auto first_row = [&](int y) { return down.first(down.centre(min2(y, args.height - 1))); };
-    const int begin = first_row(job.top), end = first_row(job.top + tile_y - 1) + down.taps;
-    const uint8_t* from[chunk_each][columns_each];
-#pragma unroll
-    for (int i = 0; i < chunk_each; ++i)
-#pragma unroll
-        for (int c = 0; c < columns_each; ++c)
-            from[i][c] = corner + (begin + warp + i * warps) * int64_t(pitch) + 3 * first[c];
+// Moves what is read of a row, `width` pixels of which `left` are before the crop, so that it ends
+// there if the row is long enough, and begins at a multiple of `aligned` pixels.
+__device__ inline void place_in_row(Axis& axis, int left, int width, int aligned) {
+    const int lead = (left + axis.begin) % aligned;
+    axis.begin -= lead;
+    axis.steps += 16 * axis.steps < axis.end - axis.begin;
+    if (width >= 16 * axis.steps) axis.begin = min2(axis.begin, width - left - 16 * axis.steps);
+}
 
-    Rgb pixels[pixels_each] = {};
-    float sum_y[rows_each] = {};
+constexpr int held = 4;  // steps along an axis whose taps are worked out once
+
+template <int parts>
+struct HeldTaps {
+    Taps<parts> step[held][warp_size];
+};
+
+// The taps of a lane; in the usual case all are held.
+template <bool usual, int parts>
+__device__ inline Taps<parts> taps_down(const Axis& axis, const HeldTaps<parts>& taps, int step) {
+    if (usual || step < held) return taps.step[step][threadIdx.x % warp_size];
+    return axis.taps_of_rows<parts>(step);
+}
+
+template <bool usual, int parts>
+__device__ inline Taps<parts> taps_across(const Axis& axis, const HeldTaps<parts>& taps, int step) {
+    if (usual || step < held) return taps.step[step][threadIdx.x % warp_size];
+    return axis.taps_of_columns<parts>(step);
+}
+
+// A warp's 16 x 16 pixels. gain_down: 1 / the sums of the taps of the lane's rows.
+template <int parts, class Source>
+__device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args,
+                              const Source& source, const Axis& down, const Axis& across,
+                              const HeldTaps<parts>& held_down, const HeldTaps<parts>& held_across,
+                              const float (&gain_down)[2]) {
+    constexpr bool usual = Source::is_usual;
+    constexpr int together = Source::many_registers ? 1 : 2;  // of the 8 rows that are half a step
+    const int lane = threadIdx.x % warp_size, group = lane / 4, member = lane % 4;
+    const int steps_down = down.steps, steps_across = across.steps;
+    float gain[4] = {};  // sums of the taps, of columns group and group + 8
 #pragma unroll 1
-    for (int start = begin; start < end; start += chunk) {
-        const int rows = min2(chunk, end - start), its_rows = (rows - warp + warps - 1) / warps;
-        Rgb filtered[chunk_each][columns_each];
+    for (int k = 0; k < steps_across; ++k) taps_across<usual>(across, held_across, k).add_to(gain);
+    // Halves are finest around zero: what is summed is less by the middle.
+    float low[3] = {}, high[3] = {};
+    if constexpr (!Source::centred) {
 #pragma unroll
-        for (int i = 0; i < chunk_each; ++i)
-#pragma unroll
-            for (int c = 0; c < columns_each; ++c)
-                filtered[i][c] = {under_bytes, under_bytes, under_bytes};
-#pragma unroll 1
-        for (int k = 0; k < across.taps; ++k) {
-            float w[columns_each];
-#pragma unroll
-            for (int c = 0; c < columns_each; ++c)
-                w[c] = triangle(distance[c] + k, across.slope) * gain[c];
-#pragma unroll
-            for (int i = 0; i < chunk_each; ++i)
-                if (i < its_rows)
-#pragma unroll
-                    for (int c = 0; c < columns_each; ++c) {
-                        filtered[i][c].r += w[c] * over_byte(from[i][c][0]);
-                        filtered[i][c].g += w[c] * over_byte(from[i][c][1]);
-                        filtered[i][c].b += w[c] * over_byte(from[i][c][2]);
-                        from[i][c] += 3;
-                    }
+        for (int c = 0; c < 3; ++c) {
+            low[c] = -args.source.middle[c] * gain[0];
+            high[c] = -args.source.middle[c] * gain[2];
         }
-        const int64_t next = chunk * int64_t(pitch) - 3 * across.taps;
-#pragma unroll
-        for (int i = 0; i < chunk_each; ++i)
-#pragma unroll
-            for (int c = 0; c < columns_each; ++c) {
-                from[i][c] += next;
-                float* to = &line[warp + i * warps][0][lane + c * warp_size];
-                to[0] = filtered[i][c].r;
-                to[tile_x] = filtered[i][c].g;
-                to[2 * tile_x] = filtered[i][c].b;
-            }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < rows_each; ++i) {
-            const float centre = down.centre(min2(job.row + i, args.height - 1));
-            const int top = down.first(centre), stop = min2(top + down.taps, start + rows);
+    }
+
+    const int first_row = down.begin + group, last_row = down.in - 1;
+    const int first_column = across.begin + 4 * member;
+    float sums[3][2][4] = {};  // of channels; left and right half of the columns
 #pragma unroll 1
-            for (int y = max2(top, start); y < stop; ++y) {
-                const float w = triangle(y + 0.5f - centre, down.slope);
-                sum_y[i] += w;
+    for (int step = 0; step < steps_down; ++step) {
+        uint32_t pairs[2][3][2];  // of rows, of the left and the right columns
 #pragma unroll
-                for (int c = 0; c < columns_each; ++c) {
-                    const float* its = &line[y - start][0][lane + c * warp_size];
-                    Rgb& sum = pixels[i * columns_each + c];
-                    sum.r += w * its[0];
-                    sum.g += w * its[tile_x];
-                    sum.b += w * its[2 * tile_x];
+        for (int begin = 0; begin < 2; begin += together) {
+            typename Source::Place place[together];
+            float columns[together][3][4];  // of 8 source rows each
+#pragma unroll
+            for (int u = 0; u < together; ++u) {
+                const int row = min2(first_row + 16 * step + 8 * (begin + u), last_row);
+                place[u] = source.at(row, first_column);
+#pragma unroll
+                for (int c = 0; c < 3; ++c) {
+                    float (&its)[4] = columns[u][c];
+                    its[0] = its[1] = low[c], its[2] = its[3] = high[c];
                 }
             }
-        }
-        __syncthreads();
-    }
+            const auto add_columns = [&](int k) {
+                const Taps<parts> taps = taps_across<usual>(across, held_across, k);
 #pragma unroll
-    for (int i = 0; i < pixels_each; ++i) {
-        const float normalise = 1 / sum_y[i / columns_each];
-        Rgb& q = pixels[i];
-        q = {clamp01(q.r * normalise), clamp01(q.g * normalise), clamp01(q.b * normalise)};
+                for (int u = 0; u < together; ++u) {
+                    const FourPixels four = source.next(place[u]);
+                    taps.multiply(columns[u][0], four.r);
+                    taps.multiply(columns[u][1], four.g);
+                    taps.multiply(columns[u][2], four.b);
+                }
+            };
+            add_columns(0);  // apart: the sums need not be copied then
+#pragma unroll 1
+            for (int k = 1; k < steps_across; ++k) add_columns(k);
+#pragma unroll
+            for (int u = 0; u < together; ++u)
+#pragma unroll
+                for (int c = 0; c < 3; ++c) {
+                    const float (&its)[4] = columns[u][c];
+                    pairs[begin + u][c][0] = to_halves(its[0], its[1]);
+                    pairs[begin + u][c][1] = to_halves(its[2], its[3]);
+                }
+        }
+        const Taps<parts> taps = taps_down<usual>(down, held_down, step);
+#pragma unroll
+        for (int c = 0; c < 3; ++c)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                taps.multiply(sums[c][half], {pairs[0][c][half], pairs[1][c][half]});
     }
-    keep_up_to_contrast<false>(args, job, colors, pixels);
+    // The lanes of group 2 * member and the next have the sums of this lane's columns.
+#pragma unroll
+    for (int column = 0; column < 4; ++column) {
+        const float sum = __shfl_sync(all_lanes, gain[column / 2 * 2], 8 * member + column % 2 * 4);
+        const float its_gain = quick_inverse(sum);
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const auto value = [&](int c) {
+                const float sum = sums[c][column / 2][2 * row + column % 2];
+                const float its_worth = gain_down[row] * Source::worth(args, c);
+                return clamp01(sum * (its_gain * its_worth) + Source::middle);
+            };
+            pixels[4 * row + column] = {value(0), value(1), value(2)};
+        }
+    }
 }
 
-// A row of a finished view, resized along the row to the columns of a thread.
-template <class T>
-struct ViewRow {
-    Rgb pixels[columns_each];
-
-    __device__ void read(const Planes<const T>& view, uint32_t row,
-                         const uint32_t (&near_at)[columns_each],
-                         const uint32_t (&far_at)[columns_each],
-                         const float (&weight)[columns_each]) {
-        const auto between = [&](const T* plane, int c) {
-            const float a = value_of(plane[row + near_at[c]]);
-            return a + weight[c] * (value_of(plane[row + far_at[c]]) - a);
-        };
-#pragma unroll
-        for (int c = 0; c < columns_each; ++c)
-            pixels[c] = {between(view.r, c), between(view.g, c), between(view.b, c)};
-    }
+template <int parts>
+struct ResizeMemory {
+    // What some warps still read of a tile, others do not overwrite for the next one.
+    HeldTaps<parts> down[blocks_y], across[2][blocks_x];
+    Jitter colors;
 };
 
-// From finished views. A crop of a view is never larger than a view: two taps are enough.
-template <class T>
-__global__ void __launch_bounds__(threads, 3) resize_view_kernel(const GpuRoundArgs args) {
-    __shared__ Jitter colors;
-    const Job job = job_of(args);
-    const ViewParams& p = row_of(args, job);
-    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
-    __syncthreads();
-    const auto view = planes_of<const T>(args.source, int(p.source), job.image);
-    const uint32_t corner = view.at(int(p.crop_top), int(p.crop_left));
-    const int crop_height = int(p.crop_height), crop_width = int(p.crop_width);
-    uint32_t near_at[columns_each], far_at[columns_each];
-    float weight[columns_each];
-#pragma unroll
-    for (int c = 0; c < columns_each; ++c) {
-        const int x = min2(job.column + c * warp_size, args.width - 1);
-        const float x_in =
-            ((p.flip != 0 ? args.width - 1 - x : x) + 0.5f) * (p.crop_width / args.width) - 0.5f;
-        const int left = int(floorf(x_in));
-        near_at[c] = corner + max2(left, 0) * view.across;
-        far_at[c] = corner + min2(left + 1, crop_width - 1) * view.across;
-        weight[c] = x_in - left;
-    }
-    float gain[3], offset[3];
-#pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        gain[i] = 1 / args.source.scale[i];
-        offset[i] = -args.source.shift[i] * gain[i];
-    }
-    // Neighbouring output rows often read one and the same source row: it is kept. The first
-    // output row reads two, the others none or one, as a crop is not higher than the view.
-    ViewRow<T> above, below = {};
-    int held = 0;  // the source row that `below` is
-    const float scale = p.crop_height / args.height;
-    Rgb pixels[pixels_each];
-#pragma unroll
-    for (int i = 0; i < rows_each; ++i) {
-        const float y_in = (min2(job.row + i, args.height - 1) + 0.5f) * scale - 0.5f;
-        const int top = int(floorf(y_in));
-        if (i == 0) held = top - 1;
+// The rows of a block; returns the sum of the thread's gray. `row_length`: of the source;
+// `aligned`: pixels at a multiple of which reading begins.
+template <int parts, class Source>
+__device__ inline float resize_rows(const GpuRoundArgs& args, Job& job, const ViewParams& p,
+                                    const Source& source, int row_length, int aligned,
+                                    ResizeMemory<parts>& memory) {
+    const int lane = threadIdx.x % warp_size, block_y = job.block_y(), block_x = job.block_x();
+    const Axis down = axis_of(int(p.crop_height), args.height, job.top + block_y * side, 0);
 #pragma unroll 1
-        while (held <= top) {
-            above = below;
-            const int row = min2(max2(++held, 0), crop_height - 1);
-            below.read(view, row * view.down, near_at, far_at, weight);
+    for (int step = block_x; step < min2(down.steps, held); step += blocks_x)
+        memory.down[block_y].step[step][lane] = down.taps_of_rows<parts>(step);
+    __syncthreads();
+    float sums_down[4] = {};  // of the taps, of rows group and group + 8
+#pragma unroll 1
+    for (int step = 0; step < down.steps; ++step)
+        taps_down<Source::is_usual>(down, memory.down[block_y], step).add_to(sums_down);
+    const float gain_down[2] = {quick_inverse(sums_down[0]), quick_inverse(sums_down[2])};
+    float sum = 0;
+    Axis of_lane;  // of 16 columns of the view, other ones for every lane
+#pragma unroll 1
+    for (int left = 0; left < args.width; left += tile_x) {
+        move_to(job, args, left);
+        // Flipping commutes with all that comes before the patch.
+        if (left % (side * warp_size) == 0) {
+            of_lane = axis_of(int(p.crop_width), args.width, left + lane * side, p.flip != 0);
+            place_in_row(of_lane, int(p.crop_left), row_length, aligned);
         }
-        const float w = y_in - top;
-#pragma unroll
-        for (int c = 0; c < columns_each; ++c) {
-            const Rgb &a = above.pixels[c], &b = below.pixels[c];
-            pixels[i * columns_each + c] = {clamp01((a.r + w * (b.r - a.r)) * gain[0] + offset[0]),
-                                            clamp01((a.g + w * (b.g - a.g)) * gain[1] + offset[1]),
-                                            clamp01((a.b + w * (b.b - a.b)) * gain[2] + offset[2])};
+        const int its_lane = left / side % warp_size + block_x;
+        Axis across = of_lane;
+        across.start = left + block_x * side;
+        across.begin = __shfl_sync(all_lanes, of_lane.begin, its_lane);
+        across.steps = __shfl_sync(all_lanes, of_lane.steps, its_lane);
+        HeldTaps<parts>& taps = memory.across[left / tile_x % 2][block_x];
+#pragma unroll 1
+        for (int step = block_y; step < min2(across.steps, held); step += blocks_y)
+            taps.step[step][lane] = across.taps_of_columns<parts>(step);
+        __syncthreads();
+        if (job.inside()) {
+            Rgb pixels[pixels_each];
+            resize(pixels, args, source, down, across, memory.down[block_y], taps, gain_down);
+            adjust(pixels, memory.colors, 0, memory.colors.contrast_at);
+            KeptPixels<Source::packed>(args, job).put(args, job, pixels);
+            Rgb of_tile = {};
+            const auto add = [&](const Rgb& q) {
+                of_tile = {of_tile.r + q.r, of_tile.g + q.g, of_tile.b + q.b};
+            };
+            for_pairs(args, job, [&](int i, int, int x) {
+                add(pixels[i]);
+                if (x + 1 < args.width) add(pixels[i + 1]);
+            });
+            sum += gray(of_tile.r, of_tile.g, of_tile.b);
         }
     }
-    keep_up_to_contrast<!std::is_same_v<T, float>>(args, job, colors, pixels);
+    return sum;
+}
+
+// Crop, resize, flip, and colours up to contrast. parts: of taps, two for views in float32.
+template <int parts>
+__global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs args) {
+    __shared__ ResizeMemory<parts> memory;
+    Job job = job_of(args);
+    const ViewParams& p = row_of(args, job);
+    if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);  // read after the first barrier
+    const int row_length = int(args.images[3 * int64_t(job.image) + 2]);
+    const int steps_across = most_steps(int(p.crop_width), args.width);
+    const int steps_down = most_steps(int(p.crop_height), args.height);
+    float sum;
+    if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {
+        const CropOfImage<true> source(args, job, p);
+        sum = resize_rows(args, job, p, source, row_length, 1, memory);
+    } else {
+        const CropOfImage<false> source(args, job, p);
+        sum = resize_rows(args, job, p, source, row_length, 1, memory);
+    }
+    keep_sum(args, job, sum);
+}
+
+// The same from finished views, which hold T.
+template <class T, bool usual>
+__global__ void __launch_bounds__(threads, 2) resize_view_kernel(const GpuRoundArgs args) {
+    constexpr int parts = std::is_same_v<T, float> ? 2 : 1;
+    __shared__ ResizeMemory<parts> memory;
+    Job job = job_of(args);
+    const ViewParams& p = row_of(args, job);
+    if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);
+    const CropOfView<T, usual> source(args, job, p);
+    keep_sum(args, job, resize_rows(args, job, p, source, args.width, usual ? 4 : 1, memory));
+}
+
+// A crop of a view is never larger than a view: there are two steps at most.
+inline bool reads_as_usual(const GpuViews& source, int width) {
+    return source.together == 4 && width >= 2 * 16;
 }
 
 }  // namespace

@@ -11,7 +11,8 @@ import pybind11
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc"
-SHARED = ("views_gpu.h", "views_gpu_blur.h", "views_gpu_resize.h")  # of augment_views.cu alone
+# Of augment_views.cu alone.
+SHARED = ("views_gpu.h", "views_gpu_blur.h", "views_gpu_resize.h", "views_gpu_source.h")
 SANITIZERS = (
     *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "-fsanitize-sections=spd_shared",  # shared memory, which would be left out otherwise
@@ -61,7 +62,17 @@ def with_fault(
 
 
 def compiler(flags: tuple[str, ...]) -> list[str]:
-    command = ["g++", "-std=c++20", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O2",
+        "-g",
+        "-fPIC",
+        "-fno-strict-aliasing",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+    ]
     command += ["-Wno-unknown-pragmas", "-ffp-contract=fast", "-march=x86-64-v3", *flags]
     include = sysconfig.get_path("include"), pybind11.get_include()
     return command + [f"-I{path}" for path in include]

@@ -290,21 +290,19 @@ def test_views_beyond_an_axis_of_a_launch(with_fault, monkeypatch):
         ("lane % image_unit == 0 && ", "lane % image_unit == 1 && lane > 1 && "),
         ("8 * (last + 1)", "8 * last"),
         ("if (threadIdx.x < unsigned(args.layers))", "if (threadIdx.x < 1)"),  # places left out
-        ("job.left - blur.radius + x", "job.left - blur.radius + 1 + x"),  # a wrong halo
-        ("__syncthreads();\n    for (int channel", "for (int channel"),
-        ("__syncthreads();\n    from = columns", "from = columns"),  # the blur's other axis
-        ("taps[2] = {pairs[2 * s + 1]", "taps[2] = {pairs[2 * s]"),
+        ("job.top - radius + 2 * at", "job.top - radius + 1 + 2 * at"),  # a wrong halo
+        # The blur reads what is not there yet; taps of another place.
+        ("colors, blur);\n            __syncthreads();", "colors, blur);"),
+        ("{pairs[2 * s + 1], pairs[2 * s + 2]});", "{pairs[2 * s], pairs[2 * s + 2]});"),
         ("    __syncthreads();\n    float sum = 0;", "    float sum = 0;"),  # of the block's gray
-        ("held = top - 1", "held = top"),  # a row that was never read
-        # Rows that others still read, or have not filtered yet; and channels that are not there.
-        (
-            "__syncthreads();\n#pragma unroll\n        for (int i = 0; i < r",
-            "for (int i = 0; i < r",
-        ),
-        ("        __syncthreads();\n    }\n#pragma unroll", "    }\n#pragma unroll"),
-        ("    __syncthreads();\n}\n", "}\n"),
+        # The resize's taps are not there yet, or are another lane's.
+        ("        __syncthreads();\n        if (job.inside()) {", "        if (job.inside()) {"),
+        ("taps<parts>(first, first + 8)", "taps<parts>(first, first + 6)"),
+        ("8 * member + column % 2 * 4", "8 * member"),  # of the sums of taps
+        ("of_words(y, z, 0x0603)", "of_words(y, z, 0x0602)"),  # another channel's byte
+        ("left / side % warp_size + block_x", "left / side % warp_size"),
         ("args.first_job + blockIdx.z", "args.first_job + blockIdx.z / 2"),
-        ("if (threadIdx.x < tile_y)\n        a[", "if (threadIdx.x < 8)\n        a["),
+        ("if (y0 + place < end_y)", "if (y0 + place + 5 < end_y)"),  # no alpha of the last rows
     ],
 )
 def test_a_wrong_result_is_found(old, new, with_fault, monkeypatch):
@@ -319,8 +317,8 @@ def test_a_wrong_result_is_found(old, new, with_fault, monkeypatch):
         ("shfl_xor_sync(all_lanes, sq", "shfl_xor_sync(all_lanes / 2, sq", "in its own mask"),
         ("    float squares = 0;", "    if (lane == 5) return; float squares = 0;", "do not come"),
         (
-            "__syncthreads();\n    const int64_t* i",
-            "if (lane) __syncthreads(); const int64_t* i",
+            "        __syncthreads();\n        if (job.inside()) {",
+            "        if (lane) __syncthreads(); if (job.inside()) {",
             "do not come",
         ),
         ("__syncthreads();\n\n    const T", "if (warp) __syncthreads(); const T", "do not come"),
@@ -332,15 +330,19 @@ def test_threads_that_miss_each_other_are_found(old, new, message, with_fault, m
         worst_error(monkeypatch)
 
 
-MAPS, VIEWS = "map_equals_reference and dtype0", "views_equal_reference and odd and dtype0"
+MAPS = "map_equals_reference and dtype0"
+VIEWS, TINY = (f"views_equal_reference and {name} and dtype0" for name in ("cutpaste", "tiny"))
 OUT_OF_BOUNDS = (
     (MAPS, "gridDim.x + position]", "gridDim.x + position + 1]", "heap-buffer-overflow"),
     (MAPS, "return layer.data[image", "return layer.data[1 + image", "heap-buffer-overflow"),
     (MAPS, "k < 8 * n_panels;", "k <= 8 * n_panels;", "heap-buffer-overflow"),
     (MAPS, "part[warp][lane / image_unit] =", "part[warp][B + lane / image_unit] =", "bounds"),
-    (VIEWS, "+ 3 * first[c];", "+ 3 * (first[c] + 90 * 101);", "AddressSanitizer"),  # pixels
-    (VIEWS, "to[2 * tile_x] = filtered", "to[9 * tile_x] = filtered", "global-buffer-overflow"),
-    (VIEWS, "to[2 * memory.rows", "to[9 * memory.rows", "AddressSanitizer"),  # of the blur
+    (VIEWS, "+ 3 * column;", "+ 3 * (column + 50 * 61);", "AddressSanitizer"),  # pixels
+    (VIEWS, "min2(axis.begin, width", "axis.begin + 9 + 0 * (width", "AddressSanitizer"),
+    (TINY, "min2(place.from + i, last)", "place.from + i", "AddressSanitizer"),
+    (VIEWS, "axis.begin -= lead;", "", "misaligned address"),
+    (VIEWS, "taps.step[step][lane] =", "taps.step[step + held][lane] =", "out of bounds"),
+    (VIEWS, "to[k][2 * BlurMemory", "to[k][9 * BlurMemory", "global-buffer-overflow"),
 )
 
 

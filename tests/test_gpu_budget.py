@@ -76,9 +76,9 @@ def test_distances_in_float16_alone_are_multiplied_on_tensor_cores(arch):
 def test_cuda_kernels():
     used = list(gpu_kernels.cuda_usage())
     assert {u.arch for u in used} == set(ahead.ARCHITECTURES)
-    # Distances by three factors and 1, 2 and 4 images; views by source, or by output and by what
-    # is kept before: float32 is never packed.
-    assert len({u.kernel for u in used}) == 9 + 1 + 2 + 7 + 4
+    # Distances by three factors and 1, 2 and 4 images; views by precision, or by source and how it
+    # is read, or by output and what is kept before (float32 is never packed).
+    assert len({u.kernel for u in used}) == 9 + 2 + 4 + 7 + 4
     assert [text for u in used for text in over_budget(u)] == []
 
 

@@ -74,6 +74,22 @@ def test_a_loop_that_is_not_known_is_an_error(counted):
         counted(**turns)
 
 
+def jump(name: str, operands: str, guarded: bool = False) -> sass.Instruction:
+    return sass.Instruction(name, operands, guarded, (), ())
+
+
+def test_what_is_a_jump():
+    assert jump("BRA", "`(.L_x_1)").target == ".L_x_1" and jump("BRA", "`(.L_x_1)").ends
+    assert not jump("BRA", "`(.L_x_1)", guarded=True).ends
+    assert not jump("BRA", "!P0, `(.L_x_1)").ends
+    # Where a warp's threads have parted; a jump that is called a call; and a function.
+    assert jump("BRA.DIV", "~URZ, `(.L_x_1)").target is None
+    assert not jump("BRA.DIV", "~URZ, `(.L_x_1)").ends
+    assert jump("CALL.REL.NOINC", "`(.L_x_1)").target == ".L_x_1"
+    assert jump("CALL.REL.NOINC", "`(.L_x_1)").ends
+    assert jump("CALL.REL.NOINC", "`($__internal_0_$__cuda_sm20_div)").target is None
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_views_move_at_most_two_and_a_half_times_the_least_bytes(backend, dtype):
@@ -91,11 +107,11 @@ def within(launches, device, least) -> float:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_the_model_says_of_views(dtype):
-    """At 1 TB/s memory is what binds; docs/gpu.md says what is missing where it is faster."""
+    """The aim is 2.5; docs/gpu.md says where it is missed."""
     devices, least = gpu_roofline.DEVICES, gpu_roofline.least_bytes(ITEMSIZE[dtype])
     assert within(gpu_roofline.views_in_cuda(dtype, 89), devices[89], least) <= 2.5
     cuda = within(gpu_roofline.views_in_cuda(dtype, 90), devices[90], least)
-    assert cuda <= {"float32": 3.3, "float16": 5.6}[dtype]  # the aim, 2.5, is missed here
+    assert cuda <= {"float32": 2.5, "float16": 2.75}[dtype]
     assert cuda < within(gpu_roofline.views_in_triton(dtype, 90), devices[90], least)
 
 

@@ -64,7 +64,8 @@ void make_views_on_gpu(const GpuBatch& batch, const Allocate& allocate) {
     // source, are also stored in 16.
     const bool coarse =
         sources && (batch.target.dtype == DType::uint8 || batch.target.dtype == DType::bfloat16);
-    GpuViews fine{nullptr, DType::float16, {}, {1, 1, 1}, {0, 0, 0}, coarse ? sources : 0};
+    GpuViews fine{nullptr, DType::float16, {}, {1, 1, 1}, {0, 0, 0}, coarse ? sources : 0, 1, {},
+                  {}};
     if (coarse) {
         fine.data = allocate(size_t(sources * batch.n_images * view) * sizeof(uint16_t));
         const int64_t stride[5] = {batch.n_images * view, view, pixels, batch.width, 1};
@@ -84,15 +85,15 @@ void make_views_on_gpu(const GpuBatch& batch, const Allocate& allocate) {
         args.views = batch.views;
         args.height = batch.height;
         args.width = batch.width;
-        args.tiles = ((batch.height + view_tile_y - 1) / view_tile_y) *
-                     ((batch.width + view_tile_x - 1) / view_tile_x);
+        args.tiles = (batch.height + view_tile_y - 1) / view_tile_y;
         args.from_images = depth == 0;
         if (depth) args.source = coarse ? fine : batch.target;
         args.target = batch.target;
         args.fine = fine;
         args.packed = depth > 0 && batch.target.dtype != DType::float32;
         const size_t bytes = args.packed ? sizeof(uint32_t) : 3 * sizeof(uint16_t);
-        args.scratch = allocate(size_t(jobs * pixels) * bytes);
+        args.scratch =
+            allocate(size_t(jobs * batch.height * (batch.width + batch.width % 2)) * bytes);
         args.sums = static_cast<float*>(allocate(size_t(jobs) * args.tiles * sizeof(float)));
         args.boxes = static_cast<float*>(allocate(size_t(jobs) * 3 * room * sizeof(float)));
         args.room = room;

@@ -33,7 +33,7 @@ MAX_ALPHA_SIGMA = 1e4  # pixels; the kernel has 4 sigma taps on either side
 MAX_SIDE = 1 << 24  # whole numbers are exact in the float32 table up to here
 # What csrc/augment_views.cu takes: a tile and what its blur reads fit into 48 KB.
 CUDA_VIEWS, CUDA_HEIGHT = 16, 339
-CUDA_TILE, TRITON_TILE = (32, 64), (16, 64)  # of a view, made by one block or program
+CUDA_TILE, TRITON_TILE = (64, MAX_SIDE), (16, 64)  # of a view, made by one block or program
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 Image = np.ndarray | Tensor

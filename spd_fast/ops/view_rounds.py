@@ -33,7 +33,7 @@ class Round(NamedTuple):
     params: Tensor  # (N, V, 27)
     source: Stored | None  # views to make these from; None: the decoded images
     target: Stored
-    scratch: Tensor  # (jobs, 3, height * width) uint16, or packed: (jobs, height * width) int32
+    scratch: Tensor  # (jobs, 3, pixels) uint16, or packed: (jobs, pixels) int32; rows may be even
     sums: Tensor  # (jobs, tiles): of gray, before contrast
     boxes: Tensor  # (jobs, 3, room): patches before they are pasted; room 0: there are none
     fine: Stored  # the first views once more, if `target` is too coarse to make others from
@@ -80,7 +80,8 @@ def make_views(
             # 11, 11 and 10 bits would be the largest error of views that are adjusted strongly, as
             # those of the image are.
             packed = depth > 0 and out.dtype != torch.float32
-            shape = (jobs, height * width) if packed else (jobs, 3, height * width)
+            plane = height * (width + width % 2)
+            shape = (jobs, plane) if packed else (jobs, 3, plane)
             make_round(
                 Round(
                     views,

@@ -42,6 +42,15 @@ struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 using cudaStream_t = void*;
 
 namespace on_cpu {
@@ -56,10 +65,12 @@ extern "C" void __sanitizer_start_switch_fiber(void** fake_stack, const void* bo
 extern "C" void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom,
                                                 size_t* size);
 extern "C" void __asan_unpoison_memory_region(const volatile void* address, size_t size);
+extern "C" int __asan_address_is_poisoned(const volatile void* address);
 #else
 inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 inline void __asan_unpoison_memory_region(const volatile void*, size_t) {}
+inline int __asan_address_is_poisoned(const volatile void*) { return 0; }
 #endif
 
 // Saves the registers that a called function must keep, and the stack pointer; goes on with others.
@@ -291,7 +302,53 @@ T __shfl_down_sync(unsigned mask, T value, unsigned by) {  // past the end: the 
     return on_cpu::value_of_lane(mask, value, source < on_cpu::warp ? source : on_cpu::lane());
 }
 
-// See csrc/cuda.h.
+// 4 of the 8 bytes of two words.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t found = 0;
+    for (int i = 0; i < 4; ++i) found |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return found;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) {
+    return uint32_t((uint64_t(high) << 32 | low) >> by % 32);
+}
+
+// What follows is described in csrc/cuda.h.
+
+inline float quick_inverse(float v) { return 1 / v; }
+
+// A word of which the sanitizer allows no byte is left to it.
+inline uint32_t load_word(const uint32_t* from) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(from);
+    uint32_t found = 0, allowed = 0;
+    for (int i = 0; i < 4; ++i)
+        if (!on_cpu::__asan_address_is_poisoned(bytes + i))
+            found |= uint32_t(bytes[i]) << 8 * i, ++allowed;
+    return allowed ? found : *from;
+}
+
+namespace on_cpu {
+inline float value_of_half(uint32_t h) {
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    const float v =
+        exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
+    return h >> 15 ? -v : v;
+}
+}  // namespace on_cpu
+
+namespace spd {
+static inline uint16_t to_half(float f);  // of csrc/common.h
+}
+
+inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+    const auto difference = [&](int shift) {
+        return spd::to_half(on_cpu::value_of_half(a >> shift & 0xffff) -
+                            on_cpu::value_of_half(b >> shift & 0xffff));
+    };
+    return difference(0) | uint32_t(difference(16)) << 16;
+}
+
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t brought[6][on_cpu::warp];
     for (int i = 0; i < 6; ++i) {
@@ -300,11 +357,7 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
     }
     // Each 32-bit word holds two neighbours along k, the low one first.
     const auto half = [&](int i, int lane, int k) {
-        const uint32_t h = brought[i][lane] >> (k % 2 * 16) & 0xffff;
-        const int exponent = h >> 10 & 31, mantissa = h & 1023;
-        const float v = exponent ? std::ldexp(1024.f + mantissa, exponent - 25)
-                                 : std::ldexp(float(mantissa), -24);
-        return h >> 15 ? -v : v;
+        return on_cpu::value_of_half(brought[i][lane] >> (k % 2 * 16) & 0xffff);
     };
     const int lane = int(on_cpu::lane());
     for (int i = 0; i < 4; ++i) {
