@@ -338,10 +338,9 @@ OUT_OF_BOUNDS = (
     (MAPS, "k < 8 * n_panels;", "k <= 8 * n_panels;", "heap-buffer-overflow"),
     (MAPS, "part[warp][lane / image_unit] =", "part[warp][B + lane / image_unit] =", "bounds"),
     (VIEWS, "+ 3 * column;", "+ 3 * (column + 50 * 61);", "AddressSanitizer"),  # pixels
-    (VIEWS, "min2(axis.begin, width", "axis.begin + 9 + 0 * (width", "AddressSanitizer"),
     (TINY, "min2(place.from + i, last)", "place.from + i", "AddressSanitizer"),
     (VIEWS, "axis.begin -= lead;", "", "misaligned address"),
-    (VIEWS, "taps.step[step][lane] =", "taps.step[step + held][lane] =", "out of bounds"),
+    (VIEWS, "taps.step[step][lane] =", "taps.step[step + held][lane] =", "AddressSanitizer"),
     (VIEWS, "to[k][2 * BlurMemory", "to[k][9 * BlurMemory", "global-buffer-overflow"),
 )
 
