@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or which("g++") is None, reason="needs g++ on Linux"
 )
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3}
-LIMITS = {torch.float32: 2e-3, torch.float16: 8e-3, torch.bfloat16: 4e-2, torch.uint8: 1}
+# Of normalised values, which span 4.4 where a view spans 1; see docs/gpu.md.
+LIMITS = {torch.float32: 4e-3, torch.float16: 8e-3, torch.bfloat16: 4e-2, torch.uint8: 1}
 SIZE = (40, 48)
 
 
