@@ -124,7 +124,9 @@ def executed(kernel: list[Instruction], times: Callable[[str], float | None]) ->
         if any(kernel[i].name.startswith("CALL") and not kernel[i].jumps for i in block):
             continue  # divisions that do not fit into 32 bits, and the like
         # One for all of them: compilers attribute a few to lines that they were moved from.
-        shares = sorted((_share(kernel[i].lines, times) for i in block), key=np.mean)
+        # The last instruction is attributed to the end of the source, which no condition holds for.
+        own = [i for i in block if not kernel[i].name.startswith("EXIT")] or block
+        shares = sorted((_share(kernel[i].lines, times) for i in own), key=np.mean)
         for i in block:
             total[kernel[i].pipe] += of_block * shares[len(shares) // 2]
     return total
