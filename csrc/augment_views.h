@@ -61,8 +61,8 @@ struct GpuViews {
     float scale[3], shift[3];
     int count;  // the first views, that there are
     // Set by augment_round_cuda.
-    int together;                       // neighbours that can be read or written at once
-    float inverse_scale[3], middle[3];  // 0.5 is stored as that
+    int together = 1;                             // neighbours that can be read or written at once
+    float inverse_scale[3] = {}, middle[3] = {};  // 0.5 is stored as that
 };
 struct GpuRoundArgs {
     int view[most_views], views_made;

@@ -68,7 +68,7 @@ using ViewsTuple = std::tuple<uint64_t, std::string, std::array<int64_t, 5>, std
 
 static GpuViews views_of(const ViewsTuple& tuple) {
     const auto& [address, dtype, stride, scale, shift, count] = tuple;
-    GpuViews views{at<void>(address), dtype_of(dtype), {}, {}, {}, count, 1, {}, {}};
+    GpuViews views{at<void>(address), dtype_of(dtype), {}, {}, {}, count};
     std::copy(stride.begin(), stride.end(), views.stride);
     std::copy(scale.begin(), scale.end(), views.scale);
     std::copy(shift.begin(), shift.end(), views.shift);

@@ -64,8 +64,7 @@ void make_views_on_gpu(const GpuBatch& batch, const Allocate& allocate) {
     // source, are also stored in 16.
     const bool coarse =
         sources && (batch.target.dtype == DType::uint8 || batch.target.dtype == DType::bfloat16);
-    GpuViews fine{nullptr, DType::float16, {}, {1, 1, 1}, {0, 0, 0}, coarse ? sources : 0, 1, {},
-                  {}};
+    GpuViews fine{nullptr, DType::float16, {}, {1, 1, 1}, {0, 0, 0}, coarse ? sources : 0};
     if (coarse) {
         fine.data = allocate(size_t(sources * batch.n_images * view) * sizeof(uint16_t));
         const int64_t stride[5] = {batch.n_images * view, view, pixels, batch.width, 1};
