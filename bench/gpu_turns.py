@@ -90,9 +90,6 @@ class Views:
             "if (threadIdx.x == 0) {": 1 / WARPS,
             "if (threadIdx.x == 0) set_mean(colors, mean);": 1 / WARPS,
             "if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);": 1 / WARPS,
-            "if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);  // read after the first barrier": (  # noqa: E501
-                1 / WARPS
-            ),
             "if (threadIdx.x == 0) set_jitter_of_patch(colors, p);": 1 / WARPS,
             "for (int step = 0; step < 4; ++step) {": 4,
             "for (int s = 0; s <= step; ++s) {": 2.5,
@@ -126,9 +123,8 @@ class Views:
     def _resize(self) -> Turns:
         down, across = self._steps("height"), self._steps("width")
         return {
-            "if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {": (
-                (down <= 4) & (across <= 4)
-            ),
+            # Of photographs as these always.
+            "if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {": 1,
             "if (left % (side * warp_size) == 0) {": -(-self.across // 16) / self.across,
             "for (int step = block_x; step < min2(down.steps, held); step += blocks_x)": (  # noqa: E501
                 down / 2
@@ -147,13 +143,10 @@ class Views:
     def _finish(self) -> Turns:
         steps_down = (16 + 2 * self.radius + 15) // 16
         steps_across = (8 + 2 * self.radius + 15) // 16
-        largest = (steps_down == 3) & (steps_across == 3)
         columns = 24 + 16 * steps_across
         tops = np.arange(0, self.height, self.tile[0])
-        pairs = (
-            np.minimum(self.tile[0], self.height - tops) + 2 * self.radius[:, None] + 1
-        )  # of rows
-        pairs = pairs[..., None] // 2
+        rows = np.minimum(self.tile[0], self.height - tops) + 2 * self.radius[:, None]
+        pairs = (rows[..., None] + 1) // 2
         return {
             "for (int i = 0; i < args.tiles; ++i) sum += args.sums[int64_t(job.index) * args.tiles + i];": (  # noqa: E501
                 self.tiles
@@ -165,7 +158,7 @@ class Views:
             "for (int column = (job.left ? end - tile_x : 0) + lane; column < end; column += warp_size) {": (  # noqa: E501
                 (np.ceil(columns / 32) + self.across - 1) / self.across
             ),
-            "for (int row = job.warp; row < rows; row += together * warps) {": (
+            "for (int row = job.warp; row < rows; row += at_once * warps) {": (
                 np.ceil((pairs - np.arange(WARPS)) / 16).mean((1, 2))
             ),
             "if (blur.radius > 0) {": self.radius > 0,
@@ -173,13 +166,12 @@ class Views:
             "if (radius == 0) return;": _share(
                 (self.radius == 0) & (self["blur_sigma"] > 0), self["blur_sigma"] > 0
             ),
-            "if (blur.steps_down() == 3 && blur.steps_across() == 3) {": largest,
-            "} else if (blur.steps_down() == 3) {": _share((steps_down == 3) & ~largest, ~largest),
-            "} else if (blur.steps_across() == 2) {": _share(
-                (steps_down == 2) & (steps_across == 2), steps_down == 2
-            ),
+            "if (s < steps_down) {": steps_down / 3,
+            "if (s < steps_across) {": steps_across / 3,
             "if (views.together > 1) {": 1,
-            "if (job.view < args.fine.count) {": 0,
+            "if (job.view < args.fine.count) fine = planes_of<Half>(args.fine, job.view, job.image);": (  # noqa: E501
+                0
+            ),
             "if (top >= box.height || top + side <= 0 || left >= box.width || left + side <= 0) return;": (  # noqa: E501
                 1 - self.touched((16, 16), "patch")
             ),

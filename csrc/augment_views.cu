@@ -22,7 +22,7 @@ template <bool packed>
 __device__ inline void fill_to_blur(BlurMemory& memory, const GpuRoundArgs& args, const Job& job,
                                     const Jitter& colors, const Blur& blur) {
     const KeptPixels<packed> kept(args, job);
-    constexpr int together = 2;  // pairs of rows
+    constexpr int at_once = 2;  // pairs of rows
     const int radius = blur.radius, lane = threadIdx.x % warp_size;
     const int rows = (min2(tile_y, args.height - job.top) + 2 * radius + 1) / 2;  // pairs of them
     if (job.left == 0) {
@@ -39,11 +39,11 @@ __device__ inline void fill_to_blur(BlurMemory& memory, const GpuRoundArgs& args
         const int x = mirrored(min2(column - radius, args.width - 1 + radius), args.width);
         uint32_t* const first = &memory.pairs[0][0][column % BlurMemory::columns];
 #pragma unroll 1
-        for (int row = job.warp; row < rows; row += together * warps) {
-            Rgb q[2 * together];
-            uint32_t* to[together];
+        for (int row = job.warp; row < rows; row += at_once * warps) {
+            Rgb q[2 * at_once];
+            uint32_t* to[at_once];
 #pragma unroll
-            for (int k = 0; k < together; ++k) {
+            for (int k = 0; k < at_once; ++k) {
                 const int at = min2(row + k * warps, rows - 1);  // at the end twice the same
                 const int y = job.top - radius + 2 * at;
                 q[2 * k] = kept.get(mirrored_once(y, args.height), x);
@@ -52,7 +52,7 @@ __device__ inline void fill_to_blur(BlurMemory& memory, const GpuRoundArgs& args
             }
             adjust(q, colors, colors.contrast_at, colors.count);
 #pragma unroll
-            for (int k = 0; k < together; ++k) {
+            for (int k = 0; k < at_once; ++k) {
                 const Rgb &a = q[2 * k], &b = q[2 * k + 1];
                 to[k][0] = to_halves(a.r - 0.5f, b.r - 0.5f);
                 to[k][BlurMemory::plane] = to_halves(a.g - 0.5f, b.g - 0.5f);
@@ -83,10 +83,8 @@ __device__ inline void keep_patch(const GpuRoundArgs& args, const Job& job, cons
 template <class T>
 constexpr bool coarse = std::is_same_v<T, Bfloat> || std::is_same_v<T, uint8_t>;
 
-// Storing a view twice takes more registers.
 template <class T, bool packed>
-__global__ void __launch_bounds__(threads, coarse<T> ? 2 : 3)
-    finish_kernel(const GpuRoundArgs args) {
+__global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs args) {
     __shared__ BlurMemory memory;
     __shared__ Jitter colors;
     __shared__ PatchBox box;
@@ -178,7 +176,7 @@ __device__ inline void blend(const GpuViews& views, const Planes<T>& view, unsig
 // Blends the jittered patch in where alpha is not zero: out = (1 - alpha) out + alpha patch. A
 // block does so for a view: patches are small.
 template <class T>
-__global__ void __launch_bounds__(threads, 3) paste_kernel(const GpuRoundArgs args) {
+__global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs args) {
     constexpr int most = threads / 2;  // rows and columns at a time
     __shared__ Jitter colors;
     __shared__ float alpha[2][most];  // of rows and columns

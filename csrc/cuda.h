@@ -29,16 +29,19 @@ __device__ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
 __device__ inline uint32_t load_word(const uint32_t* from) { return *from; }
 
 // c += a b on tensor cores: (16, 16) by (16, 8) of half precision, sums in float. The lanes of a
-// warp hold the operands as PTX's mma.m16n8k16 has them.
+// warp hold the operands as PTX's mma.m16n8k16 has them. Volatile, so that no product is moved to
+// where some lanes alone need it.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else  // Turing takes half as much at once
     for (int half = 0; half < 2; ++half)
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
             "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));

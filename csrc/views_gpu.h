@@ -139,14 +139,13 @@ __device__ inline float from_bits(uint32_t bits, float scale) {
 }
 // Of values in [0, 1]. As the most is a power of two, one multiplication and addition is exact.
 constexpr float most_16 = 32768;
-__device__ inline uint16_t to_16_bits(float v) { return uint16_t(bits_of(v * most_16 + two_23)); }
 __device__ inline uint32_t two_16_bits(float low, float high) {
     return __byte_perm(bits_of(low * most_16 + two_23), bits_of(high * most_16 + two_23), 0x5410);
 }
 __device__ inline float from_16_bits(uint32_t bits) { return from_bits(bits, 1 / most_16); }
 
 // The views of a round between launches: three planes of 16 bits, or packed into 11, 11 and 10.
-// Rows are even, so that a pair is read and written at once.
+// Rows have room for an even number, so that a pair is read and written at once.
 template <bool packed>
 struct KeptPixels {
     Planes<uint16_t> planes;
@@ -319,6 +318,7 @@ __device__ inline float warp_sum(float v) {
     return v;
 }
 
+// Once in a kernel: nothing waits before `part` is written again.
 __device__ inline float block_sum(float v) {
     __shared__ float part[warps];
     v = warp_sum(v);

@@ -65,13 +65,13 @@ struct BlurMemory {
     uint32_t pairs[3][rows / 2][columns];
 };
 
-// Blurs a channel of a warp's 16 x 16 pixels; the steps are the blur's. The product down the
-// columns gives 8 columns at a time, in the very lanes where the product along the rows needs them.
-template <int steps_down, int steps_across>
+// Blurs a channel of a warp's 16 x 16 pixels. The product down the columns gives 8 columns at a
+// time, in the very lanes where the product along the rows needs them.
 __device__ inline void blur_channel(float (&values)[pixels_each], const BlurMemory& memory,
                                     const Job& job, const Blur& blur, int channel) {
     const int lane = threadIdx.x % warp_size;
     const uint32_t (&pairs)[2 * Blur::most_steps + 1] = blur.pairs;
+    const int steps_down = blur.steps_down(), steps_across = blur.steps_across();
     constexpr int most_blocks = BlurMemory::columns / 8;
     const int first_block = (job.left + job.block_x() * side) / 8 % most_blocks;
     const uint32_t* from = &memory.pairs[channel][job.block_y() * side / 2 + lane % 4][lane / 4];
@@ -83,11 +83,14 @@ __device__ inline void blur_channel(float (&values)[pixels_each], const BlurMemo
         const uint32_t* first = from + 8 * (block < most_blocks ? block : block - most_blocks);
         float sums[4] = {};
 #pragma unroll
-        for (int s = 0; s < steps_down; ++s) {
-            const uint32_t* at = first + 8 * s * BlurMemory::columns;
-            const uint32_t source[2] = {at[0], at[4 * BlurMemory::columns]};
-            multiply_add(sums, {pairs[2 * s + 1], pairs[2 * s], pairs[2 * s + 2], pairs[2 * s + 1]},
-                         source);
+        for (int s = 0; s < Blur::most_steps; ++s) {
+            if (s < steps_down) {
+                const uint32_t* at = first + 8 * s * BlurMemory::columns;
+                const uint32_t source[2] = {at[0], at[4 * BlurMemory::columns]};
+                multiply_add(sums,
+                             {pairs[2 * s + 1], pairs[2 * s], pairs[2 * s + 2], pairs[2 * s + 1]},
+                             source);
+            }
         }
         return Columns{to_halves(sums[0], sums[1]), to_halves(sums[2], sums[3])};
     };
@@ -98,29 +101,17 @@ __device__ inline void blur_channel(float (&values)[pixels_each], const BlurMemo
     };
     Columns first = down(0);
 #pragma unroll
-    for (int s = 0; s < steps_across; ++s) {
-        const Columns second = down(2 * s + 1), third = down(2 * s + 2);
-        across(0, s, first, second);
-        across(1, s, second, third);
-        first = third;
+    for (int s = 0; s < Blur::most_steps; ++s) {
+        if (s < steps_across) {
+            const Columns second = down(2 * s + 1), third = down(2 * s + 2);
+            across(0, s, first, second);
+            across(1, s, second, third);
+            first = third;
+        }
     }
 #pragma unroll
     for (int i = 0; i < pixels_each; ++i)
         values[i] = clamp01(sums[i / 2 % 2][i / 4 * 2 + i % 2] * blur.gain + 0.5f);
-}
-
-__device__ inline void blur_channel(float (&values)[pixels_each], const BlurMemory& memory,
-                                    const Job& job, const Blur& blur, int channel) {
-    static_assert(Blur::most_steps == 3);
-    if (blur.steps_down() == 3 && blur.steps_across() == 3) {
-        blur_channel<3, 3>(values, memory, job, blur, channel);
-    } else if (blur.steps_down() == 3) {
-        blur_channel<3, 2>(values, memory, job, blur, channel);
-    } else if (blur.steps_across() == 2) {
-        blur_channel<2, 2>(values, memory, job, blur, channel);
-    } else {
-        blur_channel<2, 1>(values, memory, job, blur, channel);
-    }
 }
 
 }  // namespace

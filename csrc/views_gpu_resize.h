@@ -126,7 +126,9 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
                               const HeldTaps<parts>& held_down, const HeldTaps<parts>& held_across,
                               const float (&gain_down)[2]) {
     constexpr bool usual = Source::is_usual;
-    constexpr int together = Source::many_registers ? 1 : 2;  // of the 8 rows that are half a step
+    constexpr int at_once = Source::many_registers ? 1 : 2;  // times 8 source rows, half a step
+    // What is summed along the row stays in the range of halves, however many pixels that are.
+    const float shrink = usual ? 1 : across.slope;
     const int lane = threadIdx.x % warp_size, group = lane / 4, member = lane % 4;
     const int steps_down = down.steps, steps_across = across.steps;
     float gain[4] = {};  // sums of the taps, of columns group and group + 8
@@ -149,11 +151,11 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
     for (int step = 0; step < steps_down; ++step) {
         uint32_t pairs[2][3][2];  // of rows, of the left and the right columns
 #pragma unroll
-        for (int begin = 0; begin < 2; begin += together) {
-            typename Source::Place place[together];
-            float columns[together][3][4];  // of 8 source rows each
+        for (int begin = 0; begin < 2; begin += at_once) {
+            typename Source::Place place[at_once];
+            float columns[at_once][3][4];  // of 8 source rows each
 #pragma unroll
-            for (int u = 0; u < together; ++u) {
+            for (int u = 0; u < at_once; ++u) {
                 const int row = min2(first_row + 16 * step + 8 * (begin + u), last_row);
                 place[u] = source.at(row, first_column);
 #pragma unroll
@@ -165,7 +167,7 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
             const auto add_columns = [&](int k) {
                 const Taps<parts> taps = taps_across<usual>(across, held_across, k);
 #pragma unroll
-                for (int u = 0; u < together; ++u) {
+                for (int u = 0; u < at_once; ++u) {
                     const FourPixels four = source.next(place[u]);
                     taps.multiply(columns[u][0], four.r);
                     taps.multiply(columns[u][1], four.g);
@@ -176,10 +178,12 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
 #pragma unroll 1
             for (int k = 1; k < steps_across; ++k) add_columns(k);
 #pragma unroll
-            for (int u = 0; u < together; ++u)
+            for (int u = 0; u < at_once; ++u)
 #pragma unroll
                 for (int c = 0; c < 3; ++c) {
-                    const float (&its)[4] = columns[u][c];
+                    float (&its)[4] = columns[u][c];
+                    if constexpr (!usual)
+                        for (float& it : its) it *= shrink;
                     pairs[begin + u][c][0] = to_halves(its[0], its[1]);
                     pairs[begin + u][c][1] = to_halves(its[2], its[3]);
                 }
@@ -195,7 +199,7 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
 #pragma unroll
     for (int column = 0; column < 4; ++column) {
         const float sum = __shfl_sync(all_lanes, gain[column / 2 * 2], 8 * member + column % 2 * 4);
-        const float its_gain = quick_inverse(sum);
+        const float its_gain = quick_inverse(usual ? sum : sum * shrink);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const auto value = [&](int c) {
@@ -277,7 +281,8 @@ __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs a
     __shared__ ResizeMemory<parts> memory;
     Job job = job_of(args);
     const ViewParams& p = row_of(args, job);
-    if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);  // read after the first barrier
+    // Read after the first barrier.
+    if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);
     const int row_length = int(args.images[3 * int64_t(job.image) + 2]);
     const int steps_across = most_steps(int(p.crop_width), args.width);
     const int steps_down = most_steps(int(p.crop_height), args.height);

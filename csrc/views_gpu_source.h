@@ -14,12 +14,13 @@ struct FourPixels {
 };
 
 // The pixels of a decoded image, in a crop: halves are a byte - 128. `usual`: whatever is read of a
-// row ends in it.
+// row ends in it, and neither axis takes more than `held` steps (see views_gpu_resize.h).
 template <bool usual>
 struct CropOfImage {
-    static constexpr bool is_usual = usual, packed = false;  // what is made of it
-    static constexpr bool centred = true;                    // whether a half of zero is the middle
-    static constexpr bool many_registers = false;            // what it takes to read it
+    static constexpr bool is_usual = usual;
+    static constexpr bool packed = false;          // how what is made of it is kept
+    static constexpr bool centred = true;          // whether a half of zero is the middle
+    static constexpr bool many_registers = false;  // that reading it takes
     static constexpr float middle = 128 / 255.f;
     const uint8_t* corner;
     unsigned pitch;

@@ -21,6 +21,7 @@ VIEW_CASES = {
     "view of one row": ([(30, 20)], (1, 9), recipes.simsiam(local_aug="cutpaste")),
     "view of one column": ([(30, 20)], (60, 1), recipes.simsiam()),
     "large photo": ([(901, 1203)], (96, 96), recipes.simclr()),
+    "wide view": ([(20, 90)], (20, 600), recipes.simsiam()),
     "large view": ([(200, 300)], (330, 290), recipes.simsiam()),
     "cutpaste": ([(50, 60)], (56, 56), recipes.simsiam(local_aug="cutpaste")),
     "spd from the image": ([(50, 60)], (56, 56), recipes.simsiam(spd_source="image")),

@@ -23,7 +23,7 @@ from cases import (
     view_case,
 )
 
-from spd_fast import reference
+from spd_fast import recipes, reference, sample_view_params
 from spd_fast.ops import augment_views as views
 from spd_fast.ops import mahalanobis
 from spd_fast.views import COLUMN
@@ -193,6 +193,20 @@ def test_every_jitter_order():
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("level", [0, 255])
+def test_a_crop_a_thousand_times_as_wide_as_the_view(level):
+    """The sum of its bytes is no float16."""
+    image = torch.full((5, 3000, 3), level, dtype=torch.uint8)
+    params = sample_view_params(recipes.supervised(), [image.shape[:2]], [0], 0, 0, (2, 3))
+    values = dict(crop_top=0, crop_left=0, crop_height=5, crop_width=3000, brightness=1,
+                  contrast=1, saturation=1, hue=0, grayscale=0, blur_sigma=0)  # fmt: skip
+    for name, value in values.items():
+        params[:, 0, COLUMN[name]] = value
+    view = cuda_views([image], params[:, :1], (2, 3))
+    torch.testing.assert_close(view, torch.full_like(view, level / 255), rtol=0, atol=1e-3)
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
 def test_views_from_views_with_patches(dtype, channels_last):
@@ -257,8 +271,9 @@ def worst_error(monkeypatch) -> float:
     features, channels = gaussian_case("three layers")
     mean, factor = random_gaussians(64, 20)
     distances = reference.mahalanobis_map(features, channels, mean, factor)
-    images, params, size = view_case("odd view")
+    images, params, _ = view_case("odd view")
     params = every_operation_on(params, 8)
+    size = 112, 80  # a blur's radius of 5: the second tile's columns lie where the first's did
     exact = exact_views(images, params, size)
     errors = []
     for order in ORDERS:
@@ -291,11 +306,13 @@ def test_views_beyond_an_axis_of_a_launch(with_fault, monkeypatch):
         ("8 * (last + 1)", "8 * last"),
         ("if (threadIdx.x < unsigned(args.layers))", "if (threadIdx.x < 1)"),  # places left out
         ("job.top - radius + 2 * at", "job.top - radius + 1 + 2 * at"),  # a wrong halo
-        # The blur reads what is not there yet; taps of another place.
+        # The blur reads what is not there yet, or is the next tile's; taps of another place.
+        ("            __syncthreads();\n        } else if", "        } else if"),
         ("colors, blur);\n            __syncthreads();", "colors, blur);"),
         ("{pairs[2 * s + 1], pairs[2 * s + 2]});", "{pairs[2 * s], pairs[2 * s + 2]});"),
         ("    __syncthreads();\n    float sum = 0;", "    float sum = 0;"),  # of the block's gray
-        # The resize's taps are not there yet, or are another lane's.
+        # The resize's taps are not there yet, or are the next tile's, or are another lane's.
+        ("memory.across[left / tile_x % 2]", "memory.across[0]"),
         ("        __syncthreads();\n        if (job.inside()) {", "        if (job.inside()) {"),
         ("taps<parts>(first, first + 8)", "taps<parts>(first, first + 6)"),
         ("8 * member + column % 2 * 4", "8 * member"),  # of the sums of taps

@@ -74,6 +74,33 @@ def test_a_loop_that_is_not_known_is_an_error(counted):
         counted(**turns)
 
 
+def test_turns_are_of_lines_that_there_are():
+    """A branch that is not known counts as taken, and would go unseen."""
+    folders = sass.ROOT / "csrc", sass.ROOT / "kernels"
+    lines = {
+        line.strip()
+        for folder in folders
+        for file in folder.glob("*.*")
+        for line in file.read_text().splitlines()
+    }
+    for views in gpu_roofline.rounds(gpu_roofline.CUDA_TILE):
+        known = {**views.in_cuda("finish"), **views.in_triton("finish")}
+        assert not set(known) - lines
+
+
+def test_products_are_counted():
+    """On tensor cores as many as follow from the steps of the filters."""
+    for depth, views in enumerate(gpu_roofline.rounds(gpu_roofline.CUDA_TILE)):
+        tiles = views.across * views.inside
+        down, across = views._steps("height"), views._steps("width")
+        resize = tiles * (6 * down * across + 6 * down + across) + down
+        down, across = (16 + 2 * views.radius + 15) // 16, (8 + 2 * views.radius + 15) // 16
+        blur = (views.radius > 0) * tiles * 3 * ((2 * across + 1) * down + 2 * across)
+        launches = list(gpu_roofline.views_in_cuda("float16", 90))[2 * depth :]
+        for launch, wanted in zip(launches, (resize, blur)):
+            assert launch.instructions["tensor"] == pytest.approx(wanted.mean(), rel=0.15)
+
+
 def jump(name: str, operands: str, guarded: bool = False) -> sass.Instruction:
     return sass.Instruction(name, operands, guarded, (), ())
 

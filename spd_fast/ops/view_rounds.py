@@ -33,7 +33,8 @@ class Round(NamedTuple):
     params: Tensor  # (N, V, 27)
     source: Stored | None  # views to make these from; None: the decoded images
     target: Stored
-    scratch: Tensor  # (jobs, 3, pixels) uint16, or packed: (jobs, pixels) int32; rows may be even
+    # (jobs, 3, pixels) uint16, or packed: (jobs, pixels) int32; with room for rows of even length.
+    scratch: Tensor
     sums: Tensor  # (jobs, tiles): of gray, before contrast
     boxes: Tensor  # (jobs, 3, room): patches before they are pasted; room 0: there are none
     fine: Stored  # the first views once more, if `target` is too coarse to make others from

@@ -3,9 +3,11 @@
 // One block runs after the other. Its threads are fibers of one host thread that give way only
 // where threads of a GPU wait for each other: at barriers and exchanges within a warp. A barrier
 // that not all threads reach, or an exchange with a wrong mask, throws. Shared memory begins as
-// NaN. SPD_FAST_THREAD_ORDER says which thread runs first: 0 the first, 1 the last, another number
-// a shuffled order: what a missing barrier breaks, one of them shows. Not shown: races between
-// blocks, and what depends on a warp's threads running in step.
+// NaN. A warp runs until all of its threads wait at a barrier, then the next one does.
+// SPD_FAST_THREAD_ORDER says which warp, and which thread of a warp, is first: 0 the first, 1 the
+// last, another number a shuffled order. So what a missing barrier between warps breaks, one of
+// them shows. Not shown: races between blocks, and what depends on a warp's threads running in
+// step.
 #pragma once
 
 #include <algorithm>
@@ -100,7 +102,7 @@ struct Fiber {
 
 struct Block {
     std::vector<Fiber> fibers;
-    std::vector<unsigned> order;  // in which they run
+    std::vector<std::vector<unsigned>> warps;  // their fibers; both in the order in which they run
     std::vector<char> stacks;
     std::vector<uint64_t> exchanged;  // what the lanes brought to their warp's last exchange
     std::vector<char> dynamic_shared;
@@ -114,7 +116,7 @@ struct Block {
 
 inline Block* block = nullptr;  // the one that runs
 inline uint3 thread_index{}, block_index{};
-inline dim3 block_size, grid_size;
+inline dim3 grid_size;
 
 [[noreturn]] inline void fail(const std::string& what) {
     const auto number = [](unsigned n) { return std::to_string(n); };
@@ -197,10 +199,15 @@ inline void run(Block& b) {
     const auto all = std::ptrdiff_t(b.fibers.size());
     while (number_in(State::done) < all) {
         bool moved = false;
-        for (unsigned i : b.order)
-            if (b.fibers[i].state == State::ready) resume(b, i), moved = true;
-        for (unsigned first = 0; first < b.fibers.size(); first += warp)
-            moved = exchange(b, first) || moved;
+        for (const auto& its : b.warps) {
+            for (bool goes_on = true; goes_on;) {
+                goes_on = false;
+                for (unsigned i : its)
+                    if (b.fibers[i].state == State::ready) resume(b, i), goes_on = true;
+                goes_on = exchange(b, its[0] / warp * warp) || goes_on;
+                moved = moved || goes_on;
+            }
+        }
         if (number_in(State::at_barrier) == all) {
             for (Fiber& f : b.fibers) f.state = State::ready;
             moved = true;
@@ -222,21 +229,26 @@ inline void launch(dim3 grid, dim3 size, size_t shared, std::function<void()> ke
     Block b;
     const unsigned threads = size.x * size.y * size.z;
     b.fibers.resize(threads);
-    b.order.resize(threads);
+    std::vector<unsigned> fibers(threads);
     b.exchanged.resize((threads + warp - 1) / warp * warp);
     b.stacks.resize(threads * stack_bytes);
     b.kernel = std::move(kernel);
     for (unsigned i = 0; i < threads; ++i) {
         b.fibers[i].thread = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
-        b.order[i] = i;
+        fibers[i] = i;
     }
     const char* asked = std::getenv("SPD_FAST_THREAD_ORDER");
     const int order = asked ? std::atoi(asked) : 0;
-    if (order == 1) std::reverse(b.order.begin(), b.order.end());
-    if (order > 1) std::shuffle(b.order.begin(), b.order.end(), std::mt19937(order));
+    if (order == 1) std::reverse(fibers.begin(), fibers.end());
+    if (order > 1) std::shuffle(fibers.begin(), fibers.end(), std::mt19937(order));
+    for (unsigned i : fibers) {
+        const auto its = std::find_if(b.warps.begin(), b.warps.end(), [&](const auto& other) {
+            return other[0] / warp == i / warp;
+        });
+        (its == b.warps.end() ? b.warps.emplace_back() : *its).push_back(i);
+    }
     block = &b;
     grid_size = grid;
-    block_size = size;
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -275,11 +287,9 @@ T value_of_lane(unsigned mask, T value, unsigned source) {
 
 #define threadIdx (on_cpu::thread_index)
 #define blockIdx (on_cpu::block_index)
-#define blockDim (on_cpu::block_size)
 #define gridDim (on_cpu::grid_size)
 
 inline void __syncthreads() { on_cpu::wait_as(on_cpu::State::at_barrier); }
-inline void __syncwarp(unsigned mask = ~0u) { on_cpu::bring(mask, 0); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {
     return on_cpu::value_of_lane(mask, value, source);
@@ -296,12 +306,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits) {
     return on_cpu::value_of_lane(mask, value, on_cpu::lane() ^ bits);
 }
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by) {  // past the end: the lane's own
-    const unsigned source = on_cpu::lane() + by;
-    return on_cpu::value_of_lane(mask, value, source < on_cpu::warp ? source : on_cpu::lane());
-}
-
 // 4 of the 8 bytes of two words.
 inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
     const uint64_t bytes = uint64_t(high) << 32 | low;
