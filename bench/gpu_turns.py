@@ -138,6 +138,7 @@ class Views:
             "for (int step = 0; step < down.steps; ++step)": down,
             "for (int step = 0; step < steps_down; ++step) {": down,
             "for (int k = 1; k < steps_across; ++k) add_columns(k);": across - 1,
+            "if (steps_across > 1) add_columns(1);": across - 1,
         }
 
     def _finish(self) -> Turns:
@@ -185,19 +186,18 @@ class Views:
             "if (kind == no_patch) return;": ~self.patches,
             "for (int y0 = first_y; y0 < end_y; y0 += most) {": 1,
             "for (int x0 = first_x; x0 < end_x; x0 += most) {": 1,
-            "if (y0 + place < end_y)": np.ceil(rows / 32) / WARPS,
-            "} else if (x0 + place < end_x) {": np.ceil(columns / 32) / WARPS,
+            "if (place < rows)": np.ceil(rows / 32) / WARPS,
+            "} else if (place < columns) {": np.ceil(columns / 32) / WARPS,
             "for (int k = -radius; k <= radius; ++k) {": 8 * sigma + 1,
-            "for (int y = y0 + job.warp; y < min2(y0 + most, end_y); y += warps) {": np.ceil(
-                rows / WARPS
+            "for (int i = threadIdx.x; i < rows * columns; i += threads) {": np.ceil(
+                rows * columns / 32 / WARPS
             ),
-            "for (int x = x0 + lane; x < min2(x0 + most, end_x); x += warp_size) {": np.ceil(
-                columns / 32
+            # Of warps: of two neighbouring rows.
+            "if (row >= 0 && row < height && column >= 0 && column < width && at < area) {": (
+                np.minimum((self["patch_height"] + 1) / np.maximum(rows, 1), 1)
+                * np.minimum((self["patch_width"] + 31) / np.maximum(columns, 1), 1)
             ),
-            "if (row >= 0 && row < height && column >= 0 && column < width && i < area) {": (
-                self["patch_height"] / np.maximum(rows, 1)
-            ),
-            "if (in_fine) {": 0,
+            "if (in_fine) blend(args.fine, fine, fine.at(y0 + y, x0 + x), its_alpha, q[0]);": 0,
             "for (int i = threadIdx.x; i < area; i += threads) {": np.ceil(area / 32 / WARPS),
         }
 

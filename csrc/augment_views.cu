@@ -146,14 +146,16 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
 
 // ------------------------------------------------------------------------------------- the patch
 
+constexpr float log2_e = 1.44269504f;
+
 // The blurred interval [start, start + length) of an axis of n pixels, at place i.
 __device__ inline float alpha_along(int i, int start, int length, float sigma, int n) {
     const int radius = alpha_radius(sigma);
-    const float slope = sigma > 0 ? -0.5f / (sigma * sigma) : 0;
+    const float slope = sigma > 0 ? -0.5f * log2_e / (sigma * sigma) : 0;
     float inside = 0, total = 0;
 #pragma unroll 1
     for (int k = -radius; k <= radius; ++k) {
-        const float w = expf(k * k * slope);
+        const float w = quick_exp2(k * k * slope);
         const int place = mirrored(i + k, n) - start;
         total += w;
         if (unsigned(place) < unsigned(length)) inside += w;
@@ -165,8 +167,8 @@ template <class T>
 __device__ inline void blend(const GpuViews& views, const Planes<T>& view, unsigned at, float alpha,
                              const Rgb& patch) {
     const auto blended = [&](T* to, float value, int c) {
-        const float before = (value_of(*to) - views.shift[c]) * views.inverse_scale[c];
-        put(to, ((1 - alpha) * before + alpha * value) * views.scale[c] + views.shift[c]);
+        const float before = value_of(*to);
+        put(to, before + alpha * (value * views.scale[c] + views.shift[c] - before));
     };
     blended(view.r + at, patch.r, 0);
     blended(view.g + at, patch.g, 1);
@@ -211,34 +213,32 @@ __global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs ar
     const int reach_y = alpha_radius(sigma_y), reach_x = alpha_radius(sigma_x);
     const int first_y = max2(top - reach_y, 0), end_y = min2(top + height + reach_y, args.height);
     const int first_x = max2(left - reach_x, 0), end_x = min2(left + width + reach_x, args.width);
-    const int lane = threadIdx.x % warp_size, place = threadIdx.x % most;
+    const int place = threadIdx.x % most;
 #pragma unroll 1
     for (int y0 = first_y; y0 < end_y; y0 += most) {
 #pragma unroll 1
         for (int x0 = first_x; x0 < end_x; x0 += most) {
+            const int rows = min2(most, end_y - y0), columns = min2(most, end_x - x0);
             if (threadIdx.x < most) {
-                if (y0 + place < end_y)
+                if (place < rows)
                     alpha[0][place] = alpha_along(y0 + place, top, height, sigma_y, args.height);
-            } else if (x0 + place < end_x) {
+            } else if (place < columns) {
                 alpha[1][place] = alpha_along(x0 + place, left, width, sigma_x, args.width);
             }
             __syncthreads();
+            const float inverse = 1.f / columns;
 #pragma unroll 1
-            for (int y = y0 + job.warp; y < min2(y0 + most, end_y); y += warps) {
-#pragma unroll 1
-                for (int x = x0 + lane; x < min2(x0 + most, end_x); x += warp_size) {
-                    const int row = y - top, column = x - left, i = row * width + column;
-                    Rgb q[1] = {};
-                    if (row >= 0 && row < height && column >= 0 && column < width && i < area) {
-                        q[0] = {box[i], box[args.room + i], box[2 * args.room + i]};
-                        adjust(q, colors, colors.contrast_at, colors.count);
-                    }
-                    const float its_alpha = alpha[0][y - y0] * alpha[1][x - x0];
-                    blend(args.target, view, view.at(y, x), its_alpha, q[0]);
-                    if (in_fine) {
-                        blend(args.fine, fine, fine.at(y, x), its_alpha, q[0]);
-                    }
+            for (int i = threadIdx.x; i < rows * columns; i += threads) {
+                const int y = int((i + 0.5f) * inverse), x = i - y * columns;
+                const int row = y0 + y - top, column = x0 + x - left, at = row * width + column;
+                Rgb q[1] = {};
+                if (row >= 0 && row < height && column >= 0 && column < width && at < area) {
+                    q[0] = {box[at], box[args.room + at], box[2 * args.room + at]};
+                    adjust(q, colors, colors.contrast_at, colors.count);
                 }
+                const float its_alpha = alpha[0][y] * alpha[1][x];
+                blend(args.target, view, view.at(y0 + y, x0 + x), its_alpha, q[0]);
+                if (in_fine) blend(args.fine, fine, fine.at(y0 + y, x0 + x), its_alpha, q[0]);
             }
             __syncthreads();
         }

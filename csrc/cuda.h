@@ -12,17 +12,15 @@
 #define SPD_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
 
 // Within a unit or two in the last place.
+__device__ inline float quick_exp2(float v) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+    return power;
+}
 __device__ inline float quick_inverse(float v) {
     float inverse;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(v));
     return inverse;
-}
-
-// Of two halves each.
-__device__ inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
-    uint32_t difference;
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-    return difference;
 }
 
 // Of which at least one byte may be read: what lies in one word lies in one page.
@@ -35,16 +33,18 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
 #if __CUDA_ARCH__ >= 800
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+          "f"(c[2]), "f"(c[3]));
 #else  // Turing takes half as much at once
     for (int half = 0; half < 2; ++half)
         asm volatile(
             "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
+            "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+            : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
+            : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+              "f"(c[3]));
 #endif
 }
 #endif

@@ -131,17 +131,17 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
     const float shrink = usual ? 1 : across.slope;
     const int lane = threadIdx.x % warp_size, group = lane / 4, member = lane % 4;
     const int steps_down = down.steps, steps_across = across.steps;
+    if (steps_down < 1 || steps_across < 1) __builtin_unreachable();  // loops need not ask
     float gain[4] = {};  // sums of the taps, of columns group and group + 8
 #pragma unroll 1
     for (int k = 0; k < steps_across; ++k) taps_across<usual>(across, held_across, k).add_to(gain);
-    // Halves are finest around zero: what is summed is less by the middle.
-    float low[3] = {}, high[3] = {};
+    // Halves are finest around zero: the middle is left out of what is summed along a row.
+    float start[3][4] = {};
     if constexpr (!Source::centred) {
 #pragma unroll
-        for (int c = 0; c < 3; ++c) {
-            low[c] = -args.source.middle[c] * gain[0];
-            high[c] = -args.source.middle[c] * gain[2];
-        }
+        for (int c = 0; c < 3; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) start[c][i] = -Source::middle_of(args, c) * gain[i];
     }
 
     const int first_row = down.begin + group, last_row = down.in - 1;
@@ -159,10 +159,9 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
                 const int row = min2(first_row + 16 * step + 8 * (begin + u), last_row);
                 place[u] = source.at(row, first_column);
 #pragma unroll
-                for (int c = 0; c < 3; ++c) {
-                    float (&its)[4] = columns[u][c];
-                    its[0] = its[1] = low[c], its[2] = its[3] = high[c];
-                }
+                for (int c = 0; c < 3; ++c)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) columns[u][c][i] = start[c][i];
             }
             const auto add_columns = [&](int k) {
                 const Taps<parts> taps = taps_across<usual>(across, held_across, k);
@@ -175,8 +174,12 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
                 }
             };
             add_columns(0);  // apart: the sums need not be copied then
+            if constexpr (Source::two_steps) {
+                if (steps_across > 1) add_columns(1);
+            } else {
 #pragma unroll 1
-            for (int k = 1; k < steps_across; ++k) add_columns(k);
+                for (int k = 1; k < steps_across; ++k) add_columns(k);
+            }
 #pragma unroll
             for (int u = 0; u < at_once; ++u)
 #pragma unroll

@@ -13,15 +13,17 @@ struct FourPixels {
     uint32_t r[2], g[2], b[2];
 };
 
-// The pixels of a decoded image, in a crop: halves are a byte - 128. `usual`: whatever is read of a
-// row ends in it, and neither axis takes more than `held` steps (see views_gpu_resize.h).
+// The pixels of a decoded image, in a crop: halves are 1024 + a byte, which takes no conversion.
+// `usual`: whatever is read of a row ends in it, and neither axis takes more than `held` steps (see
+// views_gpu_resize.h).
 template <bool usual>
 struct CropOfImage {
     static constexpr bool is_usual = usual;
     static constexpr bool packed = false;          // how what is made of it is kept
-    static constexpr bool centred = true;          // whether a half of zero is the middle
     static constexpr bool many_registers = false;  // that reading it takes
-    static constexpr float middle = 128 / 255.f;
+    static constexpr bool two_steps = false;       // along a row, at most
+    static constexpr bool centred = false;         // whether a half of zero is the middle
+    static constexpr float middle = 128 / 255.f;   // in [0, 1]
     const uint8_t* corner;
     unsigned pitch;
     const uint32_t* last;  // word of the image: none after it is read
@@ -52,18 +54,17 @@ struct CropOfImage {
         const uint32_t x = __funnelshift_r(a, b, place.bits), y = __funnelshift_r(b, c, place.bits),
                        z = __funnelshift_r(c, d, place.bits);
         // 0x6400 is 1024 in half precision, which a byte adds to.
-        const auto of_word = [](uint32_t word, unsigned bytes) {
-            return subtract_halves(__byte_perm(word, 0x64646464, bytes), 0x64806480);
+        const auto halves = [](uint32_t word, unsigned bytes) {
+            return __byte_perm(word, 0x64646464, bytes);
         };
-        const auto of_words = [&](uint32_t low, uint32_t high, unsigned bytes) {
-            return of_word(__byte_perm(low, high, bytes), 0x4240);
-        };
+        const uint32_t gb = __byte_perm(x, y, 0x5421), rg = __byte_perm(y, z, 0x6532);
         place.from += 16 * 3 / 4;
-        return {{of_word(x, 0x4340), of_words(y, z, 0x0502)},
-                {of_words(x, y, 0x0401), of_words(y, z, 0x0603)},
-                {of_words(x, y, 0x0502), of_word(z, 0x4340)}};
+        return {{halves(x, 0x4340), halves(rg, 0x4240)},
+                {halves(gb, 0x4240), halves(rg, 0x4341)},
+                {halves(gb, 0x4341), halves(z, 0x4340)}};
     }
-    // What a half of 1 is worth.
+    // The half that stands for the middle, and what a half of 1 is worth in [0, 1].
+    __device__ static float middle_of(const GpuRoundArgs&, int) { return 1024 + 128; }
     __device__ static float worth(const GpuRoundArgs&, int) { return 1 / 255.f; }
 };
 
@@ -72,15 +73,17 @@ struct CropOfImage {
 template <class T, bool usual>
 struct CropOfView {
     static constexpr bool is_half = std::is_same_v<T, Half>;
-    static constexpr bool is_usual = usual, centred = !is_half, packed = is_half;
+    static constexpr bool is_usual = usual, packed = is_half;
     static constexpr bool many_registers = !is_half;
+    static constexpr bool two_steps = usual;  // as a crop is not larger than its view
+    static constexpr bool centred = !is_half;
     static constexpr float middle = 0.5f;
     Planes<const T> view;
     const float* half_way;  // of channels: what 0.5 is among the view's values
     int left, most;         // the crop's first column, and the view's last one
 
     struct Place {
-        unsigned row;  // its offset; if usual, that of the pixel
+        const T *r, *g, *b;  // if usual the pixel, else its row
         int column;
     };
 
@@ -93,23 +96,23 @@ struct CropOfView {
         view.r += top, view.g += top, view.b += top;
     }
     __device__ Place at(int row, int column) const {
-        if constexpr (usual) return {unsigned(row * view.down + left + column), 0};
-        return {unsigned(row * view.down), left + column};
+        const unsigned at = row * view.down + (usual ? left + column : 0);
+        return {view.r + at, view.g + at, view.b + at, left + column};
     }
     __device__ FourPixels next(Place& place) const {
         FourPixels found;
         const auto read = [&](uint32_t (&to)[2], const T* plane, int c) {
             if constexpr (usual && is_half) {
-                const uint2 four = *reinterpret_cast<const uint2*>(plane + place.row);
+                const uint2 four = *reinterpret_cast<const uint2*>(plane);
                 to[0] = four.x, to[1] = four.y;
             } else {
                 float4 four;
                 if constexpr (usual) {
-                    four = *reinterpret_cast<const float4*>(plane + place.row);
+                    four = *reinterpret_cast<const float4*>(plane);
                 } else {
                     const auto it = [&](int i) {
                         const int column = min2(place.column + i, most);
-                        return value_of(plane[place.row + column * view.across]);
+                        return value_of(plane[column * view.across]);
                     };
                     four = {it(0), it(1), it(2), it(3)};
                 }
@@ -118,12 +121,15 @@ struct CropOfView {
                 to[1] = to_halves(four.z - less, four.w - less);
             }
         };
-        read(found.r, view.r, 0);
-        read(found.g, view.g, 1);
-        read(found.b, view.b, 2);
-        if (usual) place.row += 16;
+        read(found.r, place.r, 0);
+        read(found.g, place.g, 1);
+        read(found.b, place.b, 2);
+        if (usual) place.r += 16, place.g += 16, place.b += 16;
         place.column += 16;
         return found;
+    }
+    __device__ static float middle_of(const GpuRoundArgs& args, int channel) {
+        return args.source.middle[channel];
     }
     __device__ static float worth(const GpuRoundArgs& args, int channel) {
         return args.source.inverse_scale[channel];

@@ -134,11 +134,11 @@ def within(launches, device, least) -> float:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_the_model_says_of_views(dtype):
-    """The aim is 2.5; docs/gpu.md says where it is missed."""
+    """The aim is 2.5; docs/gpu.md says where it is missed: on a B200."""
     devices, least = gpu_roofline.DEVICES, gpu_roofline.least_bytes(ITEMSIZE[dtype])
-    assert within(gpu_roofline.views_in_cuda(dtype, 89), devices[89], least) <= 2.5
-    cuda = within(gpu_roofline.views_in_cuda(dtype, 90), devices[90], least)
-    assert cuda <= {"float32": 2.5, "float16": 2.75}[dtype]
+    for arch in (80, 89, 90):
+        cuda = within(gpu_roofline.views_in_cuda(dtype, arch), devices[arch], least)
+        assert cuda <= 2.5
     assert cuda < within(gpu_roofline.views_in_triton(dtype, 90), devices[90], least)
 
 

@@ -320,6 +320,7 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t by) {
 
 // What follows is described in csrc/cuda.h.
 
+inline float quick_exp2(float v) { return std::exp2(v); }
 inline float quick_inverse(float v) { return 1 / v; }
 
 // A word of which the sanitizer allows no byte is left to it.
@@ -340,18 +341,6 @@ inline float value_of_half(uint32_t h) {
     return h >> 15 ? -v : v;
 }
 }  // namespace on_cpu
-
-namespace spd {
-static inline uint16_t to_half(float f);  // of csrc/common.h
-}
-
-inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
-    const auto difference = [&](int shift) {
-        return spd::to_half(on_cpu::value_of_half(a >> shift & 0xffff) -
-                            on_cpu::value_of_half(b >> shift & 0xffff));
-    };
-    return difference(0) | uint32_t(difference(16)) << 16;
-}
 
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t brought[6][on_cpu::warp];
