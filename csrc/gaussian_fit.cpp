@@ -93,44 +93,44 @@ int centre_and_merge(float* x, size_t stride, int rows, int d, int64_t count, fl
 
 // An 8 x 8 block holds column c at block + 8 c.
 
-// Cholesky of the lower triangle of an 8 x 8 block; the upper one becomes zero.
-bool cholesky_block(float* a) {
+// Of A = L L^T, the lower triangle of an 8 x 8 block, leaves L^-1; the upper one becomes zero.
+bool inverse_cholesky_block(float* a) {
+    float lower[64];
     for (int j = 0; j < 8; ++j) {
         float pivot = a[9 * j];
-        for (int i = 0; i < j; ++i) pivot -= a[8 * i + j] * a[8 * i + j];
+        for (int i = 0; i < j; ++i) pivot -= lower[8 * i + j] * lower[8 * i + j];
         if (!(pivot > 0 && pivot <= FLT_MAX)) return false;  // NaN fails both
         pivot = sqrtf(pivot);
         for (int row = j + 1; row < 8; ++row) {
             float v = a[8 * j + row];
-            for (int i = 0; i < j; ++i) v -= a[8 * i + row] * a[8 * i + j];
-            a[8 * j + row] = v / pivot;
+            for (int i = 0; i < j; ++i) v -= lower[8 * i + row] * lower[8 * i + j];
+            lower[8 * j + row] = v / pivot;
         }
-        a[9 * j] = pivot;
-        for (int row = 0; row < j; ++row) a[8 * j + row] = 0;
+        lower[9 * j] = pivot;
     }
-    return true;
-}
-
-// target = target * L^-T for the lower triangular 8 x 8 block L
-void solve_block(float* target, const float* lower) {
-    for (int j = 0; j < 8; ++j) {
-        Rows v = load_rows(target + 8 * j);
-        for (int i = 0; i < j; ++i) v -= load_rows(target + 8 * i) * lower[8 * i + j];
-        store_rows(target + 8 * j, v / lower[9 * j]);
-    }
-}
-
-void invert_block(const float* lower, float* inverse) {
     for (int c = 0; c < 8; ++c)
         for (int row = 0; row < 8; ++row) {
             float v = row == c ? 1.f : 0.f;
-            for (int i = c; i < row; ++i) v -= lower[8 * i + row] * inverse[8 * c + i];
-            inverse[8 * c + row] = row < c ? 0 : v / lower[9 * row];
+            for (int i = c; i < row; ++i) v -= lower[8 * i + row] * a[8 * c + i];
+            a[8 * c + row] = row < c ? 0 : v / lower[9 * row];
         }
+    return true;
+}
+
+// target = target * L^-T for the lower triangular 8 x 8 block L, whose inverse is given: products
+// do not wait for each other, as solving would.
+void solve_block(float* target, const float* inverse) {
+    Rows solved[8] = {};
+    for (int i = 0; i < 8; ++i) {
+        const Rows column = load_rows(target + 8 * i);
+        for (int j = 0; j < 8; ++j) solved[j] += column * inverse[8 * i + j];
+    }
+    for (int j = 0; j < 8; ++j) store_rows(target + 8 * j, solved[j]);
 }
 
 // A = L L^T, a group of panels after the other, in place: block (r, c) minus the product of what
-// precedes it in panels r and c, then solved with L_cc.
+// precedes it in panels r and c, then solved with L_cc. Of L_cc the inverse is kept, which is all
+// that anyone needs.
 bool cholesky(float* a, int panel_count) {
     return for_groups(panel_count, [&](int r, int first) {
         float* panel[panel_group];
@@ -149,7 +149,7 @@ bool cholesky(float* a, int panel_count) {
                 }
             });
             const int diagonal = c - r;  // this one of the group's panels, if any
-            if (diagonal >= first && !cholesky_block(above + 64 * c)) return false;
+            if (diagonal >= first && !inverse_cholesky_block(above + 64 * c)) return false;
             for (int i = max2(first, diagonal + 1); i < panel_group; ++i)
                 solve_block(panel[i] + 64 * c, above + 64 * c);
         }
@@ -163,10 +163,10 @@ void add_block_product(Rows* target, const float* left, const float* right) {
         for (int q = 0; q < 8; ++q) target[q] += load_rows(left + 8 * i) * right[8 * q + i];
 }
 
-// L becomes W = L^-1, a group of panels after the other, in place: W_rr = L_rr^-1 and, for c < r,
-// W_rc = -L_rr^-1 * (sum over j = c..r-1 of L_rj W_jc). `old` holds the panels' L: panel_group
-// times 64 * panel_count floats.
-void invert(float* a, int panel_count, float* old) {
+// L, as `cholesky` leaves it, becomes W = scale * L^-1, a group of panels after the other, in
+// place: W_rr = scale * L_rr^-1 and, for c < r, W_rc = -L_rr^-1 * (sum over j = c..r-1 of L_rj
+// W_jc). `old` holds the panels' L: panel_group times 64 * panel_count floats.
+void invert(float* a, int panel_count, float scale, float* old) {
     for_groups(panel_count, [&](int r, int first) {
         const int done = r + first;  // panels of W there are
         const float* lower[panel_group];
@@ -194,8 +194,7 @@ void invert(float* a, int panel_count, float* old) {
         // What the group's own panels add, each when those before it are finished.
         for (int i = first; i < panel_group; ++i) {
             float* panel = a + panel_start(r + i);
-            float inverse[64];
-            invert_block(lower[i] + 64 * (r + i), inverse);
+            const float* inverse = lower[i] + 64 * (r + i);
             for (int c = 0; c < r + i; ++c) {
                 Rows sum[8] = {};
                 if (c < done)
@@ -208,7 +207,7 @@ void invert(float* a, int panel_count, float* old) {
                     store_rows(panel + 64 * c + 8 * q, v);
                 }
             }
-            memcpy(panel + 64 * (r + i), inverse, sizeof inverse);
+            for (int k = 0; k < 64; ++k) panel[64 * (r + i) + k] = scale * inverse[k];
         }
         return true;
     });
@@ -255,13 +254,14 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
     const size_t size = packed_size(d);
     float* old = scratch.reserve(panel_group * 8 * size_t(padded)).next;
     if (!old) return no_memory;
+    const float freedom = float(args.count - 1), ridge = freedom * args.ridge;
     for (int64_t p = begin; p < end; ++p) {
+        // The covariance times count - 1: that is the scatter.
         float* a = args.scatter + p * size;
-        for (size_t i = 0; i < size; ++i) a[i] /= float(args.count - 1);
-        for (int i = 0; i < d; ++i) a[packed_place(i, i)] += args.ridge;
+        for (int i = 0; i < d; ++i) a[packed_place(i, i)] += ridge;
         for (int i = d; i < padded; ++i) a[packed_place(i, i)] = 1;  // rows past d stay separate
         if (!cholesky(a, panels(d))) return p;
-        invert(a, panels(d), old);
+        invert(a, panels(d), sqrtf(freedom), old);
         for (int i = d; i < padded; ++i) a[packed_place(i, i)] = 0;
     }
     return all_positive;
