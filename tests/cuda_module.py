@@ -14,7 +14,7 @@ SOURCES = ROOT / "csrc"
 # Of augment_views.cu alone.
 SHARED = ("views_gpu.h", "views_gpu_blur.h", "views_gpu_resize.h", "views_gpu_source.h")
 SANITIZERS = (
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"),
     "-fsanitize-sections=spd_shared",  # shared memory, which would be left out otherwise
 )
 
@@ -65,8 +65,7 @@ def compiler(flags: tuple[str, ...]) -> list[str]:
     command = [
         "g++",
         "-std=c++20",
-        "-O2",
-        "-g",
+        "-O1",  # compiling takes longer than running
         "-fPIC",
         "-fno-strict-aliasing",
         "-fvisibility=hidden",
