@@ -11,17 +11,18 @@ INSTALL_FLAGS ?=
 demo: $(BIN)/.installed-demo
 	$(BIN)/spd-fast demo --out demo
 
+# Two files at a time: half the time on two cores.
 test: $(BIN)/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile  # half the time on two cores
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@echo "The Triton kernels, in their interpreter."
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
 
 # On a machine with an NVIDIA GPU: what the tests could not show without one.
 gpu: $(BIN)/.installed-test $(BIN)/.installed-bench
 	SPD_FAST_REQUIRE_CUDA=1 $(BIN)/python -m pytest -q -m "cuda or triton"
-	if command -v compute-sanitizer; then \
-	  SPD_FAST_REQUIRE_CUDA=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m pytest -q -m cuda \
-	    -k "test_distances or test_views"; fi
+	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck; do \
+	  SPD_FAST_REQUIRE_CUDA=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest \
+	    -q -m cuda -k "(test_distances or test_views) and not 2_to_the_31" || exit 1; done; fi
 	$(BIN)/python bench/gpu.py --write
 
 lint:

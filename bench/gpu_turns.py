@@ -123,7 +123,7 @@ class Views:
     def _resize(self) -> Turns:
         down, across = self._steps("height"), self._steps("width")
         return {
-            # Of photographs as these always.
+            # With photographs of this size always.
             "if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {": 1,
             "if (left % (side * warp_size) == 0) {": -(-self.across // 16) / self.across,
             "for (int step = block_x; step < min2(down.steps, held); step += blocks_x)": (  # noqa: E501
@@ -138,11 +138,9 @@ class Views:
             "for (int step = 0; step < down.steps; ++step)": down,
             "for (int step = 0; step < steps_down; ++step) {": down,
             "for (int k = 1; k < steps_across; ++k) add_columns(k);": across - 1,
-            "if (steps_across > 1) add_columns(1);": across - 1,
         }
 
     def _finish(self) -> Turns:
-        steps_down = (16 + 2 * self.radius + 15) // 16
         steps_across = (8 + 2 * self.radius + 15) // 16
         columns = 24 + 16 * steps_across
         tops = np.arange(0, self.height, self.tile[0])
@@ -167,14 +165,13 @@ class Views:
             "if (radius == 0) return;": _share(
                 (self.radius == 0) & (self["blur_sigma"] > 0), self["blur_sigma"] > 0
             ),
-            "if (s < steps_down) {": steps_down / 3,
             "if (s < steps_across) {": steps_across / 3,
             "if (views.together > 1) {": 1,
             "if (job.view < args.fine.count) fine = planes_of<Half>(args.fine, job.view, job.image);": (  # noqa: E501
                 0
             ),
-            "if (top >= box.height || top + side <= 0 || left >= box.width || left + side <= 0) return;": (  # noqa: E501
-                1 - self.touched((16, 16), "patch")
+            "if (in_patch) keep_patch(args, job, box, channel, pixels);": (
+                self.touched((16, 16), "patch")
             ),
         }
 
@@ -192,7 +189,7 @@ class Views:
             "for (int i = threadIdx.x; i < rows * columns; i += threads) {": np.ceil(
                 rows * columns / 32 / WARPS
             ),
-            # Of warps: of two neighbouring rows.
+            # Share of warps; their 32 pixels may lie in two rows.
             "if (row >= 0 && row < height && column >= 0 && column < width && at < area) {": (
                 np.minimum((self["patch_height"] + 1) / np.maximum(rows, 1), 1)
                 * np.minimum((self["patch_width"] + 31) / np.maximum(columns, 1), 1)

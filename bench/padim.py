@@ -211,6 +211,7 @@ def table_of_memory(numbers: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="d = 100 only, no memory")
+    parser.add_argument("--fit", action="store_true", help="only the time of fits")
     parser.add_argument("--memory", type=int, nargs="+", metavar="IMAGES", help="only the memory")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fit-whole", nargs=2, metavar=("IMAGES", "DTYPE"), help=argparse.SUPPRESS)
@@ -224,14 +225,16 @@ def main() -> None:
     if options.memory:
         table_of_memory(options.memory)
         return
-    table_of_scores(100, [1, 8, 32])
-    if not options.quick:
-        table_of_scores(550, [1, 8, 32])
-    table_of_maps([1, 8, 32])
-    print()
+    if not options.fit:
+        table_of_scores(100, [1, 8, 32])
+        if not options.quick:
+            table_of_scores(550, [1, 8, 32])
+        table_of_maps([1, 8, 32])
+        print()
     lines_of_fit(100, GRID)
     if not options.quick:
         lines_of_fit(550, GRID // 4)
+    if not options.quick and not options.fit:
         table_of_memory([32, 96])
 
 

@@ -6,6 +6,7 @@
 // normalises and stores; paste blends patches in. Between launches pixels are kept in 16 bits, or
 // packed into 11, 11 and 10. Both filters are two products with band matrices, on tensor cores.
 
+#include <stdexcept>
 #include <type_traits>
 
 #include "views_gpu.h"
@@ -37,6 +38,7 @@ __device__ inline void fill_to_blur(BlurMemory& memory, const GpuRoundArgs& args
     for (int column = (job.left ? end - tile_x : 0) + lane; column < end; column += warp_size) {
         // Past what the last tile reads it may be any number.
         const int x = mirrored(min2(column - radius, args.width - 1 + radius), args.width);
+        const KeptPixels<packed> down = kept.from_column(x);
         uint32_t* const first = &memory.pairs[0][0][column % BlurMemory::columns];
 #pragma unroll 1
         for (int row = job.warp; row < rows; row += at_once * warps) {
@@ -46,8 +48,8 @@ __device__ inline void fill_to_blur(BlurMemory& memory, const GpuRoundArgs& args
             for (int k = 0; k < at_once; ++k) {
                 const int at = min2(row + k * warps, rows - 1);  // at the end twice the same
                 const int y = job.top - radius + 2 * at;
-                q[2 * k] = kept.get(mirrored_once(y, args.height), x);
-                q[2 * k + 1] = kept.get(mirrored_once(y + 1, args.height), x);
+                q[2 * k] = down.get(mirrored_once(y, args.height));
+                q[2 * k + 1] = down.get(mirrored_once(y + 1, args.height));
                 to[k] = first + at * BlurMemory::columns;
             }
             adjust(q, colors, colors.contrast_at, colors.count);
@@ -67,15 +69,19 @@ struct alignas(16) PatchBox {
     int top, left, height, width;
 };
 
-__device__ inline void keep_patch(const GpuRoundArgs& args, const Job& job, const PatchBox& box,
-                                  int channel, const float (&values)[pixels_each]) {
+// Whether some of it may be among the 16 x 16 pixels from the thread's first one on.
+__device__ inline bool meets(const Job& job, const PatchBox& box) {
     const int top = job.row - box.top, left = job.column - box.left;
-    if (top >= box.height || top + side <= 0 || left >= box.width || left + side <= 0) return;
+    return top < box.height && top + side > 0 && left < box.width && left + side > 0;
+}
+
+__device__ inline void keep_patch(const GpuRoundArgs& args, const Job& job, const PatchBox& box,
+                                  int channel, const Scaled& pixels) {
     float* kept = args.boxes + (3 * int64_t(job.index) + channel) * args.room;
     for_pixels(args, job, [&](int i, int y, int x) {
         const int row = y - box.top, column = x - box.left, at = row * box.width + column;
         if (row >= 0 && row < box.height && column >= 0 && column < box.width && at < args.room)
-            kept[at] = values[i];
+            kept[at] = clamp01(pixels[i]);
     });
 }
 
@@ -90,7 +96,7 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
     __shared__ PatchBox box;
     __shared__ Planes<T> target;  // of the view: registers are scarce
     __shared__ Planes<Half> fine;
-    Job job = job_of(args);
+    Job job = job_of_rows(args);
     const ViewParams& p = row_of(args, job);
     if (threadIdx.x == 0) {
         const bool none = int(p.patch_kind) == no_patch;
@@ -108,16 +114,18 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
     const Blur blur(__shfl_sync(all_lanes, p.blur_sigma, 0), args.height);
     __syncthreads();
 
-    const auto put_finished = [&](int channel, const float (&values)[pixels_each]) {
-        put_channel(args, job, args.target, target.channel(channel), channel, values);
+    bool in_patch = false;
+    const auto put_finished = [&](int channel, const Scaled& pixels) {
+        put_channel(args, job, args.target, target.channel(channel), channel, pixels);
         if constexpr (coarse<T>) {
-            if (fine.r) put_channel(args, job, args.fine, fine.channel(channel), channel, values);
+            if (fine.r) put_channel(args, job, args.fine, fine.channel(channel), channel, pixels);
         }
-        keep_patch(args, job, box, channel, values);
+        if (in_patch) keep_patch(args, job, box, channel, pixels);
     };
 #pragma unroll 1
     for (int left = 0; left < args.width; left += tile_x) {
         move_to(job, args, left);
+        in_patch = meets(job, box);
         if (blur.radius > 0) {
             fill_to_blur<packed>(memory, args, job, colors, blur);
             __syncthreads();
@@ -126,7 +134,7 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
                 for (int c = 0; c < 3; ++c) {
                     float values[pixels_each];
                     blur_channel(values, memory, job, blur, c);
-                    put_finished(c, values);
+                    put_finished(c, {values, blur.gain, 0.5f});
                 }
             }
             __syncthreads();
@@ -139,7 +147,7 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
             for (int i = 0; i < pixels_each; ++i)
                 values[0][i] = pixels[i].r, values[1][i] = pixels[i].g, values[2][i] = pixels[i].b;
 #pragma unroll
-            for (int c = 0; c < 3; ++c) put_finished(c, values[c]);
+            for (int c = 0; c < 3; ++c) put_finished(c, {values[c], 1, 0});
         }
     }
 }
@@ -151,7 +159,7 @@ constexpr float log2_e = 1.44269504f;
 // The blurred interval [start, start + length) of an axis of n pixels, at place i.
 __device__ inline float alpha_along(int i, int start, int length, float sigma, int n) {
     const int radius = alpha_radius(sigma);
-    const float slope = sigma > 0 ? -0.5f * log2_e / (sigma * sigma) : 0;
+    const float slope = sigma > 0 ? -0.5f * log2_e / max2(sigma * sigma, 1e-30f) : 0;
     float inside = 0, total = 0;
 #pragma unroll 1
     for (int k = -radius; k <= radius; ++k) {
@@ -182,7 +190,7 @@ __global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs ar
     constexpr int most = threads / 2;  // rows and columns at a time
     __shared__ Jitter colors;
     __shared__ float alpha[2][most];  // of rows and columns
-    const Job job = job_of(args);
+    const Job job = job_of(args, blockIdx.x);
     const ViewParams& p = row_of(args, job);
     const int kind = int(p.patch_kind), height = int(p.patch_height), width = int(p.patch_width);
     if (kind == no_patch) return;
@@ -247,39 +255,21 @@ __global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs ar
 
 // ------------------------------------------------------------------------------------- launching
 
-// Calls f(args, blocks) for as many views at a time as an axis of a launch can have.
-template <class F>
-void for_jobs(GpuRoundArgs args, const F& f) {
-    constexpr int most = 65535;
-    const int64_t jobs = int64_t(args.n_images) * args.views_made;
-    for (args.first_job = 0; args.first_job < jobs; args.first_job += most)
-        f(args, dim3(1, args.tiles, min2<int64_t>(most, jobs - args.first_job)));
-}
-
-template <class T, bool packed>
-void finish(const GpuRoundArgs& all) {
-    for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
-        SPD_LAUNCH((finish_kernel<T, packed>), blocks, dim3(threads), 0,
-                   static_cast<cudaStream_t>(args.stream), args);
-    });
-}
-
-template <class T>
-void paste(const GpuRoundArgs& all) {
-    for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
-        SPD_LAUNCH(paste_kernel<T>, dim3(1, 1, blocks.z), dim3(threads), 0,
-                   static_cast<cudaStream_t>(args.stream), args);
-    });
+void launch(void (*kernel)(GpuRoundArgs), const GpuRoundArgs& args, int blocks_of_view) {
+    const int64_t blocks = int64_t(args.n_images) * args.views_made * blocks_of_view;
+    if (blocks > most_divided) throw std::invalid_argument("too many views for a launch");
+    SPD_LAUNCH(kernel, dim3(unsigned(blocks)), dim3(threads), 0,
+               static_cast<cudaStream_t>(args.stream), args);
 }
 
 template <class T>
 void finish_and_paste(const GpuRoundArgs& args) {
     if constexpr (!std::is_same_v<T, float>) {
-        args.packed ? finish<T, true>(args) : finish<T, false>(args);
+        launch(args.packed ? finish_kernel<T, true> : finish_kernel<T, false>, args, args.tiles);
     } else {
-        finish<T, false>(args);  // what ends as float32 is never packed
+        launch(finish_kernel<T, false>, args, args.tiles);  // float32 is never packed
     }
-    if (args.room) paste<T>(args);
+    if (args.room) launch(paste_kernel<T>, args, 1);
 }
 
 }  // namespace
@@ -297,36 +287,30 @@ static int together(const GpuViews& views, int width) {
 }
 
 void augment_round_cuda(const GpuRoundArgs& given) {
-    GpuRoundArgs all = given;
-    all.inverse = ((1u << 31) + all.views_made - 1) / all.views_made;
-    for (GpuViews* views : {&all.source, &all.target, &all.fine}) {
-        views->together = together(*views, all.width);
+    GpuRoundArgs args = given;
+    args.per_image = inverse_of(args.views_made);
+    args.per_tile = inverse_of(args.tiles);
+    for (GpuViews* views : {&args.source, &args.target, &args.fine}) {
+        views->together = together(*views, args.width);
         for (int c = 0; c < 3; ++c) {
             views->inverse_scale[c] = 1 / views->scale[c];
             views->middle[c] = 0.5f * views->scale[c] + views->shift[c];
         }
     }
-    for_jobs(all, [&](const GpuRoundArgs& args, dim3 blocks) {
-        const auto stream = static_cast<cudaStream_t>(args.stream);
-        const auto launch = [&](void (*kernel)(GpuRoundArgs)) {
-            SPD_LAUNCH(kernel, blocks, dim3(threads), 0, stream, args);
-        };
-        const bool usual = reads_as_usual(args.source, args.width);
-        if (args.from_images && args.target.dtype == DType::float32) {
-            launch(resize_kernel<2>);
-        } else if (args.from_images) {
-            launch(resize_kernel<1>);
-        } else if (args.packed) {
-            launch(usual ? resize_view_kernel<Half, true> : resize_view_kernel<Half, false>);
-        } else {
-            launch(usual ? resize_view_kernel<float, true> : resize_view_kernel<float, false>);
-        }
-    });
-    switch (all.target.dtype) {
-        case DType::float32: finish_and_paste<float>(all); break;
-        case DType::float16: finish_and_paste<Half>(all); break;
-        case DType::bfloat16: finish_and_paste<Bfloat>(all); break;
-        case DType::uint8: finish_and_paste<uint8_t>(all); break;
+    const bool usual = reads_as_usual(args.source, args.width);
+    const auto resize = [&] {
+        if (args.from_images)
+            return args.target.dtype == DType::float32 ? resize_kernel<2> : resize_kernel<1>;
+        if (args.packed)
+            return usual ? resize_view_kernel<Half, true> : resize_view_kernel<Half, false>;
+        return usual ? resize_view_kernel<float, true> : resize_view_kernel<float, false>;
+    };
+    launch(resize(), args, args.tiles);
+    switch (args.target.dtype) {
+        case DType::float32: finish_and_paste<float>(args); break;
+        case DType::float16: finish_and_paste<Half>(args); break;
+        case DType::bfloat16: finish_and_paste<Bfloat>(args); break;
+        case DType::uint8: finish_and_paste<uint8_t>(args); break;
     }
 }
 

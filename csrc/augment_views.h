@@ -70,8 +70,7 @@ struct GpuRoundArgs {
     const int64_t* images;     // (images, 3): where an image begins in pixels, height, width
     const ViewParams* params;  // (images, views)
     int n_images, views, height, width, tiles;
-    int64_t first_job;  // of this launch: this and the next are set by augment_round_cuda
-    unsigned inverse;   // 2^31 / views_made, rounded up
+    unsigned per_image, per_tile;  // set by augment_round_cuda: see divided
     bool from_images;
     GpuViews source;  // unless from_images
     GpuViews target;

@@ -27,8 +27,8 @@ __device__ inline float quick_inverse(float v) {
 __device__ inline uint32_t load_word(const uint32_t* from) { return *from; }
 
 // c += a b on tensor cores: (16, 16) by (16, 8) of half precision, sums in float. The lanes of a
-// warp hold the operands as PTX's mma.m16n8k16 has them. Volatile, so that no product is moved to
-// where some lanes alone need it.
+// warp hold the operands as PTX's mma.m16n8k16 has them. Volatile, so that no product is moved into
+// a branch that some lanes do not take.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
     asm volatile(

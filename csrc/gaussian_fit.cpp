@@ -93,44 +93,55 @@ int centre_and_merge(float* x, size_t stride, int rows, int d, int64_t count, fl
 
 // An 8 x 8 block holds column c at block + 8 c.
 
-// Of A = L L^T, the lower triangle of an 8 x 8 block, leaves L^-1; the upper one becomes zero.
-bool inverse_cholesky_block(float* a) {
-    float lower[64];
+// Cholesky of the lower triangle of an 8 x 8 block, but that the diagonal holds the reciprocals,
+// which are all that is needed of it; the upper triangle becomes zero.
+bool cholesky_block(float* a) {
     for (int j = 0; j < 8; ++j) {
         float pivot = a[9 * j];
-        for (int i = 0; i < j; ++i) pivot -= lower[8 * i + j] * lower[8 * i + j];
+        for (int i = 0; i < j; ++i) pivot -= a[8 * i + j] * a[8 * i + j];
         if (!(pivot > 0 && pivot <= FLT_MAX)) return false;  // NaN fails both
-        pivot = sqrtf(pivot);
+        const float reciprocal = 1 / sqrtf(pivot);
         for (int row = j + 1; row < 8; ++row) {
             float v = a[8 * j + row];
-            for (int i = 0; i < j; ++i) v -= lower[8 * i + row] * lower[8 * i + j];
-            lower[8 * j + row] = v / pivot;
+            for (int i = 0; i < j; ++i) v -= a[8 * i + row] * a[8 * i + j];
+            a[8 * j + row] = v * reciprocal;
         }
-        lower[9 * j] = pivot;
+        a[9 * j] = reciprocal;
+        for (int row = 0; row < j; ++row) a[8 * j + row] = 0;
     }
-    for (int c = 0; c < 8; ++c)
-        for (int row = 0; row < 8; ++row) {
-            float v = row == c ? 1.f : 0.f;
-            for (int i = c; i < row; ++i) v -= lower[8 * i + row] * a[8 * c + i];
-            a[8 * c + row] = row < c ? 0 : v / lower[9 * row];
-        }
     return true;
 }
 
-// target = target * L^-T for the lower triangular 8 x 8 block L, whose inverse is given: products
-// do not wait for each other, as solving would.
-void solve_block(float* target, const float* inverse) {
-    Rows solved[8] = {};
+// target = target * L^-T for a block L of cholesky_block, of the group's panels from number `from`
+// on. Solved, not multiplied by the inverse, which would lose the digits that covariances of few
+// images need; all panels at once, as each step waits for the one before it.
+template <int from>
+void solve_blocks(float* const* panel, int c, const float* lower) {
+    Rows v[panel_group][8];
+    for (int p = from; p < panel_group; ++p)
+        for (int j = 0; j < 8; ++j) v[p][j] = load_rows(panel[p] + 64 * c + 8 * j);
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        const Rows column = load_rows(target + 8 * i);
-        for (int j = 0; j < 8; ++j) solved[j] += column * inverse[8 * i + j];
+        for (int p = from; p < panel_group; ++p) v[p][i] *= lower[9 * i];
+#pragma GCC unroll 8
+        for (int j = i + 1; j < 8; ++j)
+            for (int p = from; p < panel_group; ++p) v[p][j] -= v[p][i] * lower[8 * i + j];
     }
-    for (int j = 0; j < 8; ++j) store_rows(target + 8 * j, solved[j]);
+    for (int p = from; p < panel_group; ++p)
+        for (int j = 0; j < 8; ++j) store_rows(panel[p] + 64 * c + 8 * j, v[p][j]);
+}
+
+void invert_block(const float* lower, float* inverse) {
+    for (int c = 0; c < 8; ++c)
+        for (int row = 0; row < 8; ++row) {
+            float v = row == c ? 1.f : 0.f;
+            for (int i = c; i < row; ++i) v -= lower[8 * i + row] * inverse[8 * c + i];
+            inverse[8 * c + row] = row < c ? 0 : v * lower[9 * row];
+        }
 }
 
 // A = L L^T, a group of panels after the other, in place: block (r, c) minus the product of what
-// precedes it in panels r and c, then solved with L_cc. Of L_cc the inverse is kept, which is all
-// that anyone needs.
+// precedes it in panels r and c, then solved with L_cc.
 bool cholesky(float* a, int panel_count) {
     return for_groups(panel_count, [&](int r, int first) {
         float* panel[panel_group];
@@ -149,9 +160,11 @@ bool cholesky(float* a, int panel_count) {
                 }
             });
             const int diagonal = c - r;  // this one of the group's panels, if any
-            if (diagonal >= first && !inverse_cholesky_block(above + 64 * c)) return false;
-            for (int i = max2(first, diagonal + 1); i < panel_group; ++i)
-                solve_block(panel[i] + 64 * c, above + 64 * c);
+            if (diagonal >= first && !cholesky_block(above + 64 * c)) return false;
+            const int below = max2(first, diagonal + 1);
+            if (below < panel_group)
+                starting_from(
+                    below, [&](auto from) { solve_blocks<from.value>(panel, c, above + 64 * c); });
         }
         return true;
     });
@@ -194,7 +207,8 @@ void invert(float* a, int panel_count, float scale, float* old) {
         // What the group's own panels add, each when those before it are finished.
         for (int i = first; i < panel_group; ++i) {
             float* panel = a + panel_start(r + i);
-            const float* inverse = lower[i] + 64 * (r + i);
+            float inverse[64];
+            invert_block(lower[i] + 64 * (r + i), inverse);
             for (int c = 0; c < r + i; ++c) {
                 Rows sum[8] = {};
                 if (c < done)
@@ -256,7 +270,7 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
     if (!old) return no_memory;
     const float freedom = float(args.count - 1), ridge = freedom * args.ridge;
     for (int64_t p = begin; p < end; ++p) {
-        // The covariance times count - 1: that is the scatter.
+        // Of the covariance times count - 1, so that nothing is divided.
         float* a = args.scatter + p * size;
         for (int i = 0; i < d; ++i) a[packed_place(i, i)] += ridge;
         for (int i = d; i < padded; ++i) a[packed_place(i, i)] = 1;  // rows past d stay separate

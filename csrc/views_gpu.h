@@ -18,6 +18,7 @@ static_assert(blocks_y * blocks_x == warps && threads == warps * warp_size);
 struct Job {
     unsigned index;  // of all views that the round makes
     int image, view;
+    int tile;
     int warp;         // of the block; one that all of a warp's lanes know
     int top, left;    // the tile's first pixel
     int row, column;  // the thread's first pixel
@@ -28,16 +29,32 @@ struct Job {
     __device__ int block_x() const { return warp % blocks_x; }
 };
 
-__device__ inline Job job_of(const GpuRoundArgs& args) {
-    const unsigned index = args.first_job + blockIdx.z;
-    const unsigned image = __umulhi(2 * index, args.inverse);
+// n / d, of which `inverse` is 2^31 / d, rounded up: quicker than to divide, and exact up to n d of
+// 2^31.
+constexpr int64_t most_divided = 1 << 27;  // by 16, the most views of an image and tiles of a view
+__device__ inline unsigned divided(unsigned n, unsigned inverse) {
+    return __umulhi(2 * n, inverse);
+}
+inline unsigned inverse_of(unsigned d) { return ((1u << 31) + d - 1) / d; }
+
+// Of a view that the round makes.
+__device__ inline Job job_of(const GpuRoundArgs& args, unsigned index) {
+    const unsigned image = divided(index, args.per_image);
     Job job{};
     job.index = index;
     job.image = int(image);
     job.view = args.view[index - image * args.views_made];
     // With an exchange the compiler knows that all lanes take the same branches.
     job.warp = __shfl_sync(all_lanes, threadIdx.x / warp_size, 0);
-    job.top = blockIdx.y * tile_y;
+    return job;
+}
+
+// Of a tile's rows, for which there is a block.
+__device__ inline Job job_of_rows(const GpuRoundArgs& args) {
+    const unsigned index = divided(blockIdx.x, args.per_tile);
+    Job job = job_of(args, index);
+    job.tile = blockIdx.x - index * args.tiles;
+    job.top = job.tile * tile_y;
     return job;
 }
 
@@ -158,8 +175,13 @@ struct KeptPixels {
         planes = {first, first + plane, first + 2 * plane, pitch, 1};
         pixels = reinterpret_cast<uint32_t*>(first);
     }
-    __device__ Rgb get(int y, int x) const {
-        const unsigned at = planes.at(y, x);
+    __device__ KeptPixels from_column(int x) const {
+        KeptPixels its = *this;
+        its.planes.r += x, its.planes.g += x, its.planes.b += x, its.pixels += x;
+        return its;
+    }
+    __device__ Rgb get(int y) const {
+        const unsigned at = y * planes.down;
         if constexpr (packed) {
             return unpacked(pixels[at]);
         } else {
@@ -224,22 +246,31 @@ __device__ inline Planes<T> planes_of(const GpuViews& views, int view, int image
     return {first, first + stride[2], first + 2 * stride[2], int(stride[3]), int(stride[4])};
 }
 
-// One channel of a thread's pixels, to its plane of a view.
+// A channel of a thread's pixels: scale * values + shift, which the view's own scale and shift take
+// no more instructions to follow.
+struct Scaled {
+    const float (&values)[pixels_each];
+    float scale, shift;
+
+    __device__ float operator[](int i) const { return values[i] * scale + shift; }
+};
+
+// One of them, to its plane of a view.
 template <class T>
 __device__ inline void put_channel(const GpuRoundArgs& args, const Job& job, const GpuViews& views,
-                                   T* plane, int channel, const float (&values)[pixels_each]) {
+                                   T* plane, int channel, const Scaled& pixels) {
     const int down = int(views.stride[3]), across = int(views.stride[4]);
-    const auto stored = [&](int i) {
-        return values[i] * views.scale[channel] + views.shift[channel];
-    };
+    const float view_scale = views.scale[channel];
+    const Scaled stored{pixels.values, pixels.scale * view_scale,
+                        pixels.shift * view_scale + views.shift[channel]};
     if (views.together > 1) {
         T* first = plane + unsigned(job.row * down + job.column);
         for_pairs(args, job, [&](int i, int, int) {
-            put_two(first + pair_offset(i, down), stored(i), stored(i + 1));
+            put_two(first + pair_offset(i, down), stored[i], stored[i + 1]);
         });
     } else {
         for_pixels(args, job, [&](int i, int y, int x) {
-            put(plane + unsigned(y * down + x * across), stored(i));
+            put(plane + unsigned(y * down + x * across), stored[i]);
         });
     }
 }
@@ -333,7 +364,7 @@ __device__ inline float block_sum(float v) {
 // Leaves the sum of gray of what the block makes; `sum` is the thread's part of it.
 __device__ inline void keep_sum(const GpuRoundArgs& args, const Job& job, float sum) {
     const float total = block_sum(sum);
-    if (threadIdx.x == 0) args.sums[int64_t(job.index) * args.tiles + blockIdx.y] = total;
+    if (threadIdx.x == 0) args.sums[int64_t(job.index) * args.tiles + job.tile] = total;
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ __device__ inline Axis axis_of(int in, int out, int start, int flip) {
     const float a = axis.centre(0), b = axis.centre(side - 1);
     axis.begin = max2(int(min2(a, b) - support + 0.5f), 0);
     axis.end = min2(int(max2(a, b) + support + 0.5f), in);
-    axis.steps = (axis.end - axis.begin + 15) / 16;
+    axis.steps = max2((axis.end - axis.begin + 15) / 16, 1);
     return axis;
 }
 
@@ -282,7 +282,7 @@ __device__ inline float resize_rows(const GpuRoundArgs& args, Job& job, const Vi
 template <int parts>
 __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs args) {
     __shared__ ResizeMemory<parts> memory;
-    Job job = job_of(args);
+    Job job = job_of_rows(args);
     const ViewParams& p = row_of(args, job);
     // Read after the first barrier.
     if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);
@@ -305,7 +305,7 @@ template <class T, bool usual>
 __global__ void __launch_bounds__(threads, 2) resize_view_kernel(const GpuRoundArgs args) {
     constexpr int parts = std::is_same_v<T, float> ? 2 : 1;
     __shared__ ResizeMemory<parts> memory;
-    Job job = job_of(args);
+    Job job = job_of_rows(args);
     const ViewParams& p = row_of(args, job);
     if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);
     const CropOfView<T, usual> source(args, job, p);

@@ -19,8 +19,8 @@ struct FourPixels {
 template <bool usual>
 struct CropOfImage {
     static constexpr bool is_usual = usual;
-    static constexpr bool packed = false;          // how what is made of it is kept
-    static constexpr bool many_registers = false;  // that reading it takes
+    static constexpr bool packed = false;          // whether views made from it are kept packed
+    static constexpr bool many_registers = false;  // whether reading it takes them
     static constexpr bool two_steps = false;       // along a row, at most
     static constexpr bool centred = false;         // whether a half of zero is the middle
     static constexpr float middle = 128 / 255.f;   // in [0, 1]
@@ -68,8 +68,8 @@ struct CropOfImage {
     __device__ static float worth(const GpuRoundArgs&, int) { return 1 / 255.f; }
 };
 
-// The same of a finished view: halves are its normalised values. `usual`: four neighbours can be
-// read at once, too.
+// The same of a finished view: halves are its normalised values, of float32 less the middle.
+// `usual`: four neighbours can be read at once, too.
 template <class T, bool usual>
 struct CropOfView {
     static constexpr bool is_half = std::is_same_v<T, Half>;

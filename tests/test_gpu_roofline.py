@@ -89,16 +89,20 @@ def test_turns_are_of_lines_that_there_are():
 
 
 def test_products_are_counted():
-    """On tensor cores as many as follow from the steps of the filters."""
+    """On tensor cores as many as follow from the steps of the filters, where compilers make a
+    choice by predicates of all that there can be. Of the blur some are attributed to the wrong
+    branch, less than a hundredth of what the kernel executes."""
     for depth, views in enumerate(gpu_roofline.rounds(gpu_roofline.CUDA_TILE)):
         tiles = views.across * views.inside
         down, across = views._steps("height"), views._steps("width")
-        resize = tiles * (6 * down * across + 6 * down + across) + down
-        down, across = (16 + 2 * views.radius + 15) // 16, (8 + 2 * views.radius + 15) // 16
-        blur = (views.radius > 0) * tiles * 3 * ((2 * across + 1) * down + 2 * across)
+        of_columns = 2 if depth else across  # steps of a crop of a view
+        resize = tiles * (6 * down * of_columns + 6 * down + across) + down
+        across = (8 + 2 * views.radius + 15) // 16
+        blur = (views.radius > 0) * tiles * 3 * ((2 * across + 1) * 3 + 2 * across)
         launches = list(gpu_roofline.views_in_cuda("float16", 90))[2 * depth :]
         for launch, wanted in zip(launches, (resize, blur)):
-            assert launch.instructions["tensor"] == pytest.approx(wanted.mean(), rel=0.15)
+            missed = wanted.mean() - launch.instructions["tensor"]
+            assert abs(missed) <= 0.01 * sum(launch.instructions.values())
 
 
 def jump(name: str, operands: str, guarded: bool = False) -> sass.Instruction:

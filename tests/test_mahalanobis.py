@@ -273,6 +273,18 @@ def test_one_image_and_singular_covariance_are_refused(backend):
         gaussian_factor(scatter, 10, 5, 0.0, backend=backend)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_covariances_of_few_images_are_taken(seed):
+    """A condition of 5e6, of which rounding leaves little: pairs of channels are alike."""
+    features = 60 * torch.randn(5, 40, 4, 4, generator=torch.Generator().manual_seed(seed))
+    features[:, 1::2] = features[:, ::2]
+    mean, factor = torch.zeros(16, 40), torch.zeros(16, packed_size(40))
+    gaussian_update([features], torch.arange(40), 0, mean, factor)
+    gaussian_factor(factor, 40, 5, 0.01, backend="native")
+    w = unpack(factor, 40).double()
+    assert (w @ w.mT).diagonal(dim1=1, dim2=2).max() < 3 / 0.01  # 1 / the least eigenvalue
+
+
 def test_bad_input_is_named():
     features, channels = gaussian_case("three layers")
     mean, factor = random_gaussians(64, len(channels))

@@ -107,11 +107,15 @@ def test_a_step_is_that_of_a_plain_loop(kind):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    # Of each tensor as a whole: batch norm over a few values makes much of how a sum was rounded.
+    # Of tensors as a whole: batch norm over a few values makes much of how a sum was rounded.
+    errors, changes = 0.0, 0.0
     for name, expected in network.state_dict().items():
         found = model.network.state_dict()[name].double()
         error, change = ((found - before).norm() for before in (expected, start[name]))
         assert error <= 0.15 * change, name
+        if expected.is_floating_point():
+            errors, changes = errors + error**2, changes + change**2
+    assert errors**0.5 <= 0.01 * changes**0.5
 
 
 def test_all_layers_learn_from_the_backbones_weights():

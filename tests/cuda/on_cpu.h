@@ -4,10 +4,10 @@
 // where threads of a GPU wait for each other: at barriers and exchanges within a warp. A barrier
 // that not all threads reach, or an exchange with a wrong mask, throws. Shared memory begins as
 // NaN. A warp runs until all of its threads wait at a barrier, then the next one does.
-// SPD_FAST_THREAD_ORDER says which warp, and which thread of a warp, is first: 0 the first, 1 the
-// last, another number a shuffled order. So what a missing barrier between warps breaks, one of
-// them shows. Not shown: races between blocks, and what depends on a warp's threads running in
-// step.
+// SPD_FAST_THREAD_ORDER says in which order warps, and the threads of a warp, run: 0 forwards, 1
+// backwards, another number seeds a shuffle. So what a missing barrier between warps breaks, one of
+// them shows. Not shown: races between blocks, what depends on a warp's threads running in step,
+// and what only warps that take turns between barriers break.
 #pragma once
 
 #include <algorithm>
