@@ -246,8 +246,8 @@ __device__ inline Planes<T> planes_of(const GpuViews& views, int view, int image
     return {first, first + stride[2], first + 2 * stride[2], int(stride[3]), int(stride[4])};
 }
 
-// A channel of a thread's pixels: scale * values + shift, which the view's own scale and shift take
-// no more instructions to follow.
+// A channel of a thread's pixels, scale * values + shift: a view's own scale and shift are worked
+// into these, for one multiplication and addition a pixel.
 struct Scaled {
     const float (&values)[pixels_each];
     float scale, shift;
