@@ -19,9 +19,10 @@ static std::unique_ptr<T, decltype(&free)> new_array(int64_t size) {
 
 // Fills picks (k,), whose first is the start. Bytes are exact to 1 / 126 of `reach` for coordinates
 // not farther from the origin than that. `progress` is called with how many are known every
-// now and then, and may raise. Returns how many full distances were computed.
+// now and then, and may raise. Returns how many full distances were computed, or -1 and no picks if
+// a coordinate is not a number or larger than `largest`, of which squares must be finite.
 static int64_t greedy_kcenter(const py::array& points, const py::array& origin, float reach,
-                              const py::array& picks, const py::function& progress) {
+                              float largest, const py::array& picks, const py::function& progress) {
     require(points.ndim() == 2 && picks.ndim() == 1, "points must be 2-D, picks 1-D");
     KCenter state{};
     state.n = points.shape(0);
@@ -38,13 +39,19 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     state.picks = data_of<int64_t>(picks, "picks", {state.k}, true);
     require(state.picks[0] >= 0 && state.picks[0] < state.n, "the start is out of range");
     const int64_t room = (state.k + kcenter_block - 1) / kcenter_block * kcenter_block;
-    const auto heap = new_array<Waiting>(state.n);
+    const int64_t groups = (state.n + kcenter_group - 1) / kcenter_group;
+    const auto distances = new_array<float>(groups * kcenter_group);
+    const auto peaks = new_array<float>(groups);
+    const auto seen = new_array<int32_t>(state.n), in_bytes = new_array<int32_t>(state.n);
     const auto point_bytes = new_array<int8_t>(state.n * state.bytes);
     const auto infos = new_array<ByteInfo>(state.n);
     std::vector<uint8_t> pick_bytes(room * state.bytes);
     std::vector<int32_t> pick_squares(room);
     std::vector<float> pick_errors(room);
-    state.heap = heap.get();
+    state.distances = distances.get();
+    state.peaks = peaks.get();
+    state.seen = seen.get();
+    state.in_bytes = in_bytes.get();
     state.point_bytes = point_bytes.get();
     state.infos = infos.get();
     state.pick_bytes = pick_bytes.data();
@@ -52,7 +59,7 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     state.pick_errors = pick_errors.data();
     {
         py::gil_scoped_release release;
-        kernels->kcenter_begin(state);
+        if (!kernels->kcenter_begin(state, largest)) return -1;
     }
     while (state.done < state.k) {
         {

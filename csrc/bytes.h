@@ -17,11 +17,23 @@ namespace {  // internal linkage: see common.h
 constexpr int largest_byte = kcenter_largest_byte, made_positive = 64;
 constexpr int byte_step = 8;  // coordinates that are multiplied at once
 
+// GCC 12 narrows a vector one number at a time.
+static inline void store_bytes(int8_t* to, Ints integers) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)integers));
+#elif defined(__AVX2__)
+    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)integers),
+                                          _mm256_extracti128_si256((__m256i)integers, 1));
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(pairs, pairs));
+#else
+    for (int i = 0; i < lanes; ++i) to[i] = int8_t(integers[i]);
+#endif
+}
+
 // x (d,) to q, which has zeros from d to the next multiple of lanes. An error is too large rather
 // than too small: the margins cover the rounding of up to 65,536 terms.
 static inline ByteInfo to_bytes(const float* x, const float* origin, float scale, int d,
                                 int8_t* q) {
-    typedef int8_t Bytes __attribute__((vector_size(lanes)));
     constexpr float shift = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
     Floats left_over = {};
     Ints square = {}, sum = {};
@@ -34,8 +46,7 @@ static inline ByteInfo to_bytes(const float* x, const float* origin, float scale
         const Ints integers = __builtin_convertvector(whole, Ints);
         square += integers * integers;
         sum += integers;
-        const Bytes bytes = __builtin_convertvector(integers, Bytes);
-        memcpy(q + c, &bytes, sizeof bytes);
+        store_bytes(q + c, integers);
     }
     ByteInfo info{0, 0, 0};
     for (int i = 0; i < lanes; ++i) {
@@ -47,6 +58,17 @@ static inline ByteInfo to_bytes(const float* x, const float* origin, float scale
     return info;
 }
 
+#if defined(__AVX512F__)
+#define SPD_BYTES(what) _mm512_##what
+typedef __m512i ByteVector;
+#elif defined(__AVX2__)
+#define SPD_BYTES(what) _mm256_##what
+typedef __m256i ByteVector;
+#elif defined(__SSSE3__)
+#define SPD_BYTES(what) _mm_##what
+typedef __m128i ByteVector;
+#endif
+
 // sum[i] + the products of four bytes of `a`, from 4 i, with four of `x`, and of `b` with `y`.
 static inline Ints add_products(Ints sum, const uint8_t* a, const uint8_t* b, const int8_t* x,
                                 const int8_t* y) {
@@ -54,22 +76,13 @@ static inline Ints add_products(Ints sum, const uint8_t* a, const uint8_t* b, co
     int32_t four_x, four_y;
     memcpy(&four_x, x, 4);
     memcpy(&four_y, y, 4);
-#if defined(__AVX512F__)
-    const __m512i pairs =
-        _mm512_add_epi16(_mm512_maddubs_epi16(_mm512_loadu_si512(a), _mm512_set1_epi32(four_x)),
-                         _mm512_maddubs_epi16(_mm512_loadu_si512(b), _mm512_set1_epi32(four_y)));
-    return sum + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#elif defined(__AVX2__)
-    const __m256i pairs = _mm256_add_epi16(
-        _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)a), _mm256_set1_epi32(four_x)),
-        _mm256_maddubs_epi16(_mm256_loadu_si256((const __m256i*)b), _mm256_set1_epi32(four_y)));
-    return sum + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-#else
-    const __m128i pairs = _mm_add_epi16(
-        _mm_maddubs_epi16(_mm_loadu_si128((const __m128i*)a), _mm_set1_epi32(four_x)),
-        _mm_maddubs_epi16(_mm_loadu_si128((const __m128i*)b), _mm_set1_epi32(four_y)));
-    return sum + (Ints)_mm_madd_epi16(pairs, _mm_set1_epi16(1));
-#endif
+    ByteVector va, vb;
+    memcpy(&va, a, sizeof va);
+    memcpy(&vb, b, sizeof vb);
+    const ByteVector pairs =
+        SPD_BYTES(add_epi16)(SPD_BYTES(maddubs_epi16)(va, SPD_BYTES(set1_epi32)(four_x)),
+                             SPD_BYTES(maddubs_epi16)(vb, SPD_BYTES(set1_epi32)(four_y)));
+    return sum + (Ints)SPD_BYTES(madd_epi16)(pairs, SPD_BYTES(set1_epi16)(1));
 #else
     for (int i = 0; i < lanes; ++i)
         for (int j = 0; j < 4; ++j) sum[i] += a[4 * i + j] * x[j] + b[4 * i + j] * y[j];

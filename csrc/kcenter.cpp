@@ -1,6 +1,7 @@
-// Greedy k-center without most of its distances. A point's distance to the picks is looked at only
-// when the point is at the top of a heap of upper bounds, and then only to those picks that a lower
-// bound from bytes does not rule out. The picks are those of the plain algorithm.
+// Greedy k-center without most of its distances. Of a point, only an upper bound of the distance to
+// the nearest pick is kept. For the next pick, points are looked at whose bounds are beyond a limit
+// that it probably exceeds. For most of them bytes tell that there is a pick within the limit, and
+// only of the others distances are computed. The picks are those of the plain algorithm.
 
 #include "kcenter.h"
 
@@ -13,23 +14,15 @@ namespace SPD_ISA {
 namespace {
 
 static_assert(kcenter_block == bound_block && kcenter_bytes % byte_step == 0 &&
-                  kcenter_bytes % lanes == 0,
+                  kcenter_bytes % lanes == 0 && kcenter_group % lanes == 0,
               "the header cannot include vectors.h");
 
-bool comes_first(const Waiting& a, const Waiting& b) {
-    return a.distance > b.distance || (a.distance == b.distance && a.point < b.point);
-}
-
-// Moves what is at `place` down to where it belongs.
-void sift_down(Waiting* heap, int64_t size, int64_t place) {
-    const Waiting moved = heap[place];
-    for (int64_t child; (child = 2 * place + 1) < size; place = child) {
-        if (child + 1 < size && comes_first(heap[child + 1], heap[child])) ++child;
-        if (!comes_first(heap[child], moved)) break;
-        heap[place] = heap[child];
-    }
-    heap[place] = moved;
-}
+// So many points are compared with a block of picks, which stays in the first cache with their
+// bytes. Of points that are equally far, so many at most are looked at for a pick.
+constexpr int piece = 64;
+// From so many picks on, coming up again costs a point more than the distance to a pick near it,
+// which is smaller than the bound that bytes give.
+constexpr int many_picks = 512;
 
 void add_pick(KCenter& state, int64_t point) {
     const int64_t number = state.done++, first = number / bound_block * bound_block;
@@ -38,15 +31,12 @@ void add_pick(KCenter& state, int64_t point) {
                  state.point_bytes + point * state.bytes, state.bytes);
     state.pick_squares[number] = state.infos[point].square;
     state.pick_errors[number] = state.infos[point].error;
+    state.distances[point] = -1;
 }
 
-// Points come up in no order, so each would be waited for. GCC leaves out calls of a function that
-// only fetches: it has to be inlined.
-__attribute__((always_inline)) inline void fetch(const KCenter& state, int64_t point) {
-    for (int c = 0; c < state.bytes; c += 64)
-        __builtin_prefetch(state.point_bytes + point * state.bytes + c);
-    for (int c = 0; c < state.d; c += 16)
-        __builtin_prefetch(state.points + point * state.d + c, 0, 2);  // needed later, if at all
+// GCC leaves out calls of a function that only fetches: it has to be inlined.
+__attribute__((always_inline)) inline void fetch(const void* start, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
 }
 
 // Of the picks of a block whose bits are set, those that may be nearer than `distance`: integers
@@ -72,67 +62,191 @@ int place_of_smallest(const Floats* squares, unsigned bits) {
     return place;
 }
 
-// Compares a point with the picks that it has not seen, until it is nearer to one than `enough`.
-void refresh(KCenter& state, Waiting& item, float enough) {
-    const float* point = state.points + size_t(item.point) * state.d;
-    const int8_t* bytes = state.point_bytes + size_t(item.point) * state.bytes;
-    const ByteInfo info = state.infos[item.point];
-    while (item.seen < state.done && item.distance >= enough) {
-        const int64_t first = item.seen / bound_block * bound_block;
+bool all_within(const float* point, int d, float largest) {
+    unsigned beyond = 0;
+    for (int c = 0; c < d; c += lanes) {
+        const Floats x = load_first(point + c, d - c);
+        beyond |= below(Floats{} + largest - (x < 0 ? -x : x), 0);  // NaN is
+    }
+    return !beyond;
+}
+
+float largest_of_group(const float* distances) {
+    Floats largest = load(distances);
+    for (int i = lanes; i < kcenter_group; i += lanes) {
+        const Floats some = load(distances + i);
+        largest = some > largest ? some : largest;
+    }
+    float found = largest[0];
+    for (int i = 1; i < lanes; ++i) found = max2(found, largest[i]);
+    return found;
+}
+
+// The next points whose bounds are beyond the limit, at most a piece of them.
+int collect(KCenter& state, float limit, int64_t& next, int32_t* points) {
+    int count = 0;
+    while (next < state.n && count <= piece - lanes) {
+        const float* distances = state.distances + next;
+        if (next % kcenter_group == 0) {
+            float& peak = state.peaks[next / kcenter_group];
+            if (peak > limit) peak = largest_of_group(distances);
+            if (peak <= limit) {
+                next += kcenter_group;
+                continue;
+            }
+        }
+        for (unsigned bits = below(limit - load(distances), 0); bits; bits &= bits - 1)
+            points[count++] = int32_t(next + __builtin_ctz(bits));
+        next += lanes;
+    }
+    return count;
+}
+
+// Of a point, whose integers have these squared distances to those of the picks of a block: lowers
+// the bound if a pick is probably within the limit.
+void bring_nearer(KCenter& state, size_t point, const Floats* squares, int64_t first, int64_t end,
+                  float limit) {
+    const ByteInfo info = state.infos[point];
+    const float* errors = state.pick_errors + first;
+    // In many dimensions what is left over is nearly orthogonal to the rest: the sum of squares is
+    // close to the squared distance.
+    const float likely = limit * state.scale * state.scale - info.error * info.error;
+    unsigned bits = 0;
+    for (int v = 0; v < block_vectors; ++v) {
+        const Floats error = load(errors + v * lanes);
+        bits |= below(squares[v] + error * error, likely) << v * lanes;
+    }
+    if (!(bits &= (1u << (end - first)) - 1)) return;
+    const int place = place_of_smallest(squares, bits);
+    float& distance = state.distances[point];
+    if (state.done < many_picks) {
+        const float root = sqrtf(reinterpret_cast<const float*>(squares)[place]);
+        // 1e-16 covers what of an error underflowed when it was squared; for the rest see
+        // `candidates`.
+        const float reach = root + errors[place] + info.error + 1e-16f;
+        const float length = reach * 1.0001f / state.scale;
+        distance = min2(distance, length * length + FLT_MIN);
+    } else {
+        const float* pick = state.points + state.picks[first + place] * state.d;
+        const float* own = state.points + point * state.d;
+        distance = min2(distance, dist2(own, pick, state.d, distance));
+        ++state.evaluations;
+    }
+}
+
+// Keeps those of the points that no pick of the block from number `first` on brings within the
+// limit.
+int still_beyond(KCenter& state, int64_t first, float limit, int32_t* points, int count) {
+    const int64_t end = min2<int64_t>(first + bound_block, state.done);
+    for (int i = 0; i < count; ++i) {
+        const size_t point = points[i];
+        if (state.in_bytes[point] >= end) continue;
+        Floats squares[block_vectors];
+        byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first,
+                       state.point_bytes + point * state.bytes, state.infos[point], state.bytes,
+                       squares);
+        bring_nearer(state, point, squares, first, end, limit);
+        state.in_bytes[point] = int32_t(end);
+    }
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        points[kept] = points[i];
+        kept += state.distances[points[i]] > limit;
+    }
+    return kept;
+}
+
+// Compares a point with the picks that it has not seen, until one is within the limit; if none is,
+// its bound is its distance.
+void compare(KCenter& state, size_t point, float limit) {
+    const float* own = state.points + point * state.d;
+    const int8_t* bytes = state.point_bytes + point * state.bytes;
+    const ByteInfo info = state.infos[point];
+    float smallest = state.distances[point];
+    int64_t seen = state.seen[point];
+    while (seen < state.done && smallest > limit) {
+        const int64_t first = seen / bound_block * bound_block;
         const int64_t end = min2<int64_t>(first + bound_block, state.done);
         const float* errors = state.pick_errors + first;
         Floats squares[block_vectors];
         byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first, bytes,
                        info, state.bytes, squares);
-        unsigned bits = ~0u << (item.seen - first) & ((1u << (end - first)) - 1);
-        item.seen = int32_t(end);
-        bits = candidates(squares, errors, info.error, item.distance, state.scale, bits);
+        unsigned bits = ~0u << (seen - first) & ((1u << (end - first)) - 1);
+        seen = end;
+        bits = candidates(squares, errors, info.error, smallest, state.scale, bits);
         while (bits) {
             const int place = place_of_smallest(squares, bits);  // may rule out the others
             const float* pick = state.points + state.picks[first + place] * state.d;
-            const float distance = dist2(point, pick, state.d, item.distance);
+            const float distance = dist2(own, pick, state.d, smallest);
             ++state.evaluations;
             bits &= ~(1u << place);
-            if (distance >= item.distance) continue;
-            item.distance = distance;
+            if (distance >= smallest) continue;
+            smallest = distance;
             bits = candidates(squares, errors, info.error, distance, state.scale, bits);
         }
     }
+    state.seen[point] = int32_t(seen);
+    state.distances[point] = smallest;
+}
+
+// The point that is farthest from the picks, the lowest of equals, or -1 if none is beyond the
+// limit.
+int64_t farthest(KCenter& state, float limit) {
+    int64_t found = -1;
+    int32_t points[piece];
+    for (int64_t next = 0; next < state.n;) {
+        int count = collect(state, limit, next, points);
+        int64_t first = state.done;
+        for (int i = 0; i < count; ++i) {
+            fetch(state.point_bytes + size_t(points[i]) * state.bytes, state.bytes);
+            first = min2<int64_t>(first, state.in_bytes[points[i]]);
+        }
+        for (first -= first % bound_block; first < state.done && count; first += bound_block)
+            count = still_beyond(state, first, limit, points, count);
+        for (int i = 0; i < count; ++i)
+            fetch(state.points + size_t(points[i]) * state.d, state.d * sizeof(float));
+        for (int i = 0; i < count; ++i) {
+            compare(state, points[i], limit);
+            if (!(state.distances[points[i]] > limit)) continue;
+            found = points[i];
+            limit = state.radius = state.distances[found];
+        }
+    }
+    return found;
 }
 
 }  // namespace
 
-void kcenter_begin(KCenter& state) {
+// False if a coordinate is not a number or larger than `largest`.
+bool kcenter_begin(KCenter& state, float largest) {
     const int64_t start = state.picks[0];
     for (int64_t i = 0; i < state.n; ++i) {
         const float* point = state.points + i * state.d;
+        if (!all_within(point, state.d, largest)) return false;
         int8_t* bytes = state.point_bytes + i * state.bytes;
         memset(bytes + state.bytes - kcenter_bytes, 0, kcenter_bytes);
         state.infos[i] = to_bytes(point, state.origin, state.scale, state.d, bytes);
-        if (i != start)
-            state.heap[state.waiting++] = {
-                dist2(point, state.points + start * state.d, state.d, INFINITY), int32_t(i), 1};
+        const float distance = dist2(point, state.points + start * state.d, state.d, INFINITY);
+        state.distances[i] = distance;
+        state.seen[i] = state.in_bytes[i] = 1;
+        state.radius = max2(state.radius, distance);
     }
-    state.evaluations = state.waiting;
-    for (int64_t i = state.waiting / 2; i-- > 0;) sift_down(state.heap, state.waiting, i);
+    for (int64_t i = 0; i < state.n; i += kcenter_group) state.peaks[i / kcenter_group] = INFINITY;
+    for (int64_t i = state.n; i % kcenter_group; ++i) state.distances[i] = -1;  // as if picked
+    state.evaluations = state.n - 1;
     add_pick(state, start);
+    return true;
 }
 
 void kcenter_advance(KCenter& state, int64_t picked) {
-    Waiting* heap = state.heap;
     while (state.done < picked) {
-        if (heap[0].seen == state.done) {
-            add_pick(state, heap[0].point);
-            heap[0] = heap[--state.waiting];
-        } else {
-            float second = -1;
-            for (int64_t child = 1; child < min2<int64_t>(3, state.waiting); ++child) {
-                second = max2(second, heap[child].distance);
-                fetch(state, heap[child].point);  // one of them probably comes next
-            }
-            refresh(state, heap[0], second);
-        }
-        if (state.waiting) sift_down(heap, state.waiting, 0);
+        const float last = state.radius;
+        int64_t point;
+        // Picks have negative distances, so any other point is beyond -0.5.
+        while ((point = farthest(state, state.step < 1 ? last * (1 - state.step) : -0.5f)) < 0)
+            state.step = 2 * state.step + 1e-4f;
+        if (last > 0) state.step += 0.2f * (1 - state.radius / last - state.step);
+        add_pick(state, point);
     }
 }
 

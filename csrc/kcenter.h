@@ -7,20 +7,14 @@ namespace spd {
 
 constexpr int kcenter_block = 16;
 constexpr int kcenter_largest_byte = 63;
-constexpr int kcenter_bytes = 32;  // a point's bytes are padded with zeros to a multiple of it
+constexpr int kcenter_group = 128;  // points of which one bound is kept
+constexpr int kcenter_bytes = 32;   // a point's bytes are padded with zeros to a multiple of it
 
 // What is known of a point in bytes, see bytes.h.
 struct ByteInfo {
     float error;
     int32_t square;  // sum of the integers' squares
     int32_t excess;  // 64 times their sum
-};
-
-// A point that is not picked yet. `distance` is the smallest squared distance to the first `seen`
-// picks, so it can only be too large.
-struct Waiting {
-    float distance;
-    int32_t point, seen;
 };
 
 struct KCenter {
@@ -31,10 +25,17 @@ struct KCenter {
     int d, bytes;    // of a point
     int64_t* picks;  // (k,), of which `done` are known; picks[0] is the start
     int64_t done;
-    Waiting* heap;        // room for n; the farthest first, of equals the lowest point
-    int64_t waiting;      // in the heap
-    int8_t* point_bytes;  // room for n * bytes
-    ByteInfo* infos;      // room for n
+    // Of the points, room for n of each. `distances` are squared, to the nearest pick or larger,
+    // and negative for picks. The first `seen` picks are not nearer than that, those before
+    // `in_bytes` need not be compared in bytes again.
+    float* distances;  // with room for whole groups
+    float* peaks;      // one for a group, as large as its largest distance or larger
+    int32_t* seen;
+    int32_t* in_bytes;
+    int8_t* point_bytes;  // times bytes
+    ByteInfo* infos;
+    float radius;  // of the last pick, squared: no distance is larger
+    float step;    // by which share of it the next one is expected to be smaller
     // Of the picks, room for k rounded up to a whole block of each.
     uint8_t* pick_bytes;  // times bytes
     int32_t* pick_squares;
@@ -44,7 +45,7 @@ struct KCenter {
 
 #define SPD_DECLARE_KCENTER(isa)                          \
     namespace isa {                                       \
-    void kcenter_begin(KCenter& state);                   \
+    bool kcenter_begin(KCenter& state, float largest);    \
     void kcenter_advance(KCenter& state, int64_t picked); \
     }
 

@@ -81,12 +81,13 @@ def test_native_picks_the_same_points(name, start):
 
 
 def test_native_picks_the_same_of_clustered_points():
-    """Enough points to take a sample of them, several blocks of picks, many ties."""
+    """Enough points to take a sample of them, and picks for bounds of bytes and of distances to be
+    used (csrc/kcenter.cpp: many_picks), many ties."""
     generator = torch.Generator().manual_seed(3)
     centres = torch.randn(60, 100, generator=generator) @ torch.randn(100, 100).softmax(1)
-    points = centres[torch.randint(60, (9000,), generator=generator)]
-    points = (points * 8 + torch.randn(9000, 100, generator=generator)).round()
-    native, plain = (greedy_kcenter(points, 300, 5, backend=b) for b in ("native", "reference"))
+    points = centres[torch.randint(60, (3000,), generator=generator)]
+    points = (points * 8 + torch.randn(3000, 100, generator=generator)).round()
+    native, plain = (greedy_kcenter(points, 900, 5, backend=b) for b in ("native", "reference"))
     assert torch.equal(native, plain)
 
 
@@ -173,6 +174,17 @@ def test_bad_input_is_named():
     assert distances.shape == indices.shape == (0, 2)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.1e15, -1.1e15])
+@pytest.mark.parametrize("place", [(1, 0), (2999, 30), (1500, 32)])
+def test_a_bad_value_anywhere_is_found(value, place):
+    """Where the sample that tells how far bytes have to reach does not see it, too."""
+    points = torch.randn(3000, 33)
+    points[place] = value
+    for backend in ("native", "reference"):
+        with pytest.raises(InputError, match=r"points must be finite and at most 1e\+15 in size"):
+            greedy_kcenter(points, 5, backend=backend)
+
+
 def test_other_threads_run_during_a_selection():
     """The selection lets go of the interpreter: another thread runs before it ends."""
     # Bytes that are all zero rule nothing out, so this takes a while; one report, at the end.
@@ -187,7 +199,7 @@ def test_other_threads_run_during_a_selection():
         )
         thread.start()
         started.set()
-        native.greedy_kcenter(points, origin, 1e20, picks, reports.append)
+        native.greedy_kcenter(points, origin, 1e20, 1e15, picks, reports.append)
         finished.set()
         thread.join()
         return ran == [True]
@@ -207,7 +219,7 @@ def test_few_distances_are_computed(dim):
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(1000, dim, generator=generator)
     picks = torch.zeros(300, dtype=torch.int64)
-    arguments = (picks.numpy(), lambda done: None)
+    arguments = (1e15, picks.numpy(), lambda done: None)
     origin = torch.zeros(dim).numpy()
     few = native.greedy_kcenter(points.numpy(), origin, 4.0, *arguments)
     expected = greedy_kcenter(points, 300, backend="reference")
@@ -278,5 +290,5 @@ def test_progress_is_reported_and_may_interrupt():
 
     origin, picks = torch.zeros(32), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, picks.numpy(), report)
+        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, 1e15, picks.numpy(), report)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

@@ -1,5 +1,7 @@
 """`greedy_kcenter`: which points PatchCore keeps as its coreset."""
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -53,7 +55,7 @@ def greedy_kcenter(
 def _greedy_kcenter(
     points: Tensor, k: int, start: int = 0, progress: bool = False, backend: str | None = None
 ) -> Tensor:
-    check_points("points", points)
+    check_shape("points", points)
     if not 1 <= k <= len(points):
         raise InputError(f"k must be 1..{len(points)}, as there are so many points; got {k}")
     if not 0 <= start < len(points):
@@ -74,6 +76,11 @@ MOST_COORDINATES = 65536  # for the margins of csrc/dist2.h and the 32 bits of c
 
 def check_points(name: str, points: Tensor) -> None:
     """Refuse what distances cannot be computed of; `name` is what the argument is called."""
+    check_shape(name, points)
+    check_values(name, points)
+
+
+def check_shape(name: str, points: Tensor) -> None:
     if points.ndim != 2 or points.dtype != torch.float32 or not points.numel():
         raise InputError(
             f"{name} must be float32 (N, D), at least one, got {points.dtype} {tuple(points.shape)}"
@@ -82,6 +89,9 @@ def check_points(name: str, points: Tensor) -> None:
         raise InputError(
             f"{name} must have at most {MOST_COORDINATES} coordinates each, got {points.shape[1]}"
         )
+
+
+def check_values(name: str, points: Tensor) -> None:
     smallest, largest = points.aminmax()  # NaN if there is one
     if not bool(torch.maximum(-smallest, largest) <= LARGEST):
         raise InputError(
@@ -94,16 +104,27 @@ def _kcenter_native(points, k, start, progress) -> Tensor:
     some = points[:: -(-len(points) // SAMPLE)]
     origin = some.mean(0)
     reach = max(float((some - origin).abs().max()), 1e-30)
+    if not math.isfinite(reach):
+        check_values("points", points)
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
-    native.greedy_kcenter(
-        points.contiguous().numpy(), origin.numpy(), reach, picks.numpy(), progress
+    # Values are looked at where they are first read: reading all of them once more would be a tenth
+    # of the time of a selection of few.
+    distances = native.greedy_kcenter(
+        points.contiguous().numpy(), origin.numpy(), reach, LARGEST, picks.numpy(), progress
     )
+    if distances < 0:
+        check_values("points", points)
     progress(k)
     return picks
 
 
+def _kcenter_reference(points, k, start, progress) -> Tensor:
+    check_values("points", points)
+    return reference.greedy_kcenter(points, k, start, progress)
+
+
 OPERATIONS["greedy_kcenter"] = (
     native_backend(_kcenter_native, lambda points: not_on_cpu([points])),
-    reference_backend(reference.greedy_kcenter),
+    reference_backend(_kcenter_reference),
 )
