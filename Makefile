@@ -11,11 +11,11 @@ INSTALL_FLAGS ?=
 demo: $(BIN)/.installed-demo
 	$(BIN)/spd-fast demo --out demo
 
-# Two files at a time: half the time on two cores.
+# Two at a time: half the time on two cores. Whole files, as their fixtures are dear.
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@echo "The Triton kernels, in their interpreter."
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m triton
 
 # On a machine with an NVIDIA GPU: what the tests could not show without one.
 gpu: $(BIN)/.installed-test $(BIN)/.installed-bench
