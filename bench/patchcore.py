@@ -223,7 +223,8 @@ def search_table(patches, queries, quick: bool, threads: int) -> None:
             times = {name: best(job, 0.5) for name, job in jobs.items()}
             times["at peak"] = 2 * q.numel() * size / peak
             title = f"bank {size}, batch {images}"
-            print(f"{title:<28}" + "".join(f"{1e3 * times.get(n, 0):>10.1f}" for n in contenders))
+            shown = [f"{1e3 * times[n]:.1f}" if n in times else "-" for n in contenders]
+            print(f"{title:<28}" + "".join(f"{entry:>10}" for entry in shown))
 
 
 # ------------------------------------------------------------------------------------- end to end
