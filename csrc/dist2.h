@@ -51,20 +51,21 @@ static inline float widened(float distance, float slack) {
     return reach * reach;
 }
 
-// Bit i is set unless a[i] >= limit.
-static inline unsigned below(Floats a, float limit) {
+// Bit i is set unless a[i] >= b[i].
+static inline unsigned below(Floats a, Floats b) {
 #if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask((__m512)a, _mm512_set1_ps(limit), _CMP_NGE_UQ);
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NGE_UQ);
 #elif defined(__AVX2__)
-    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, _mm256_set1_ps(limit), _CMP_NGE_UQ));
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NGE_UQ));
 #elif defined(__SSE2__)
-    return _mm_movemask_ps(_mm_cmpnge_ps((__m128)a, _mm_set1_ps(limit)));
+    return _mm_movemask_ps(_mm_cmpnge_ps((__m128)a, (__m128)b));
 #else
     unsigned bits = 0;
-    for (int i = 0; i < lanes; ++i) bits |= unsigned(!(a[i] >= limit)) << i;
+    for (int i = 0; i < lanes; ++i) bits |= unsigned(!(a[i] >= b[i])) << i;
     return bits;
 #endif
 }
+static inline unsigned below(Floats a, float limit) { return below(a, Floats{} + limit); }
 
 // Squared distances from the coordinates of `queries` points, one row after the other, to those of
 // a block: out[q * block_vectors + v]. Bounds may round as they like, so this multiplies and adds

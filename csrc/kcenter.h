@@ -25,11 +25,12 @@ struct KCenter {
     int d, bytes;    // of a point
     int64_t* picks;  // (k,), of which `done` are known; picks[0] is the start
     int64_t done;
+    // Of groups of points: as large as the largest of their distances or larger.
+    float* peaks;
     // Of the points, room for n of each. `distances` are squared, to the nearest pick or larger,
-    // and negative for picks. The first `seen` picks are not nearer than that, those before
-    // `in_bytes` need not be compared in bytes again.
+    // and negative for picks. The first `seen` picks are not nearer than that. Those before
+    // `in_bytes` were compared in bytes, which is not done again: what was too far then mostly is.
     float* distances;  // with room for whole groups
-    float* peaks;      // one for a group, as large as its largest distance or larger
     int32_t* seen;
     int32_t* in_bytes;
     int8_t* point_bytes;  // times bytes

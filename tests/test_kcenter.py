@@ -251,6 +251,35 @@ def test_tiny_points_between_two_huge_ones(size):
     assert torch.equal(native_picks, plain)
 
 
+def tiny_points(name: str) -> torch.Tensor:
+    """Of squared distances, or of their differences, that are below the smallest normal number."""
+    if name == "one a little farther":
+        points = torch.full((200, 1), 1e-18)
+        points[0], points[150] = 0, 1.0001e-18
+        return points
+    generator = torch.Generator().manual_seed(0)
+    points = 4.5e-20 * torch.randn(20, 1000, generator=generator).sign().repeat(2, 1)
+    points[20:30] = -points[:10]
+    points[30:, 0] += 3e-19
+    points[35:, 0] += 4e-19
+    return points
+
+
+@pytest.mark.parametrize("name", ["one a little farther", "many coordinates"])
+@pytest.mark.parametrize("flush", [False, True])
+def test_tiny_points_whether_or_not_denormals_are_flushed(name, flush):
+    points = tiny_points(name)
+    assert torch.set_flush_denormal(flush)
+    try:
+        for start in (0, 25, 39):
+            native_picks, plain = (
+                greedy_kcenter(points, 40, start, backend=b) for b in ("native", "reference")
+            )
+            assert torch.equal(native_picks, plain)
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("dim", [65535, 65536])
 def test_as_many_coordinates_as_there_may_be(dim):
     points = torch.randn(12, dim, generator=torch.Generator().manual_seed(0))
