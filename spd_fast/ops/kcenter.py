@@ -110,10 +110,10 @@ def _kcenter_native(points, k, start, progress) -> Tensor:
     picks[0] = start
     # Values are looked at where they are first read: reading all of them once more would be a tenth
     # of the time of a selection of few.
-    distances = native.greedy_kcenter(
+    computed = native.greedy_kcenter(
         points.contiguous().numpy(), origin.numpy(), reach, LARGEST, picks.numpy(), progress
     )
-    if distances < 0:
+    if computed < 0:  # distances; here, a value that was refused
         check_values("points", points)
     progress(k)
     return picks
