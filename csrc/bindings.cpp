@@ -24,7 +24,8 @@ namespace spd {
      isa::gaussian_update,                \
      isa::gaussian_factor,                \
      isa::kcenter_begin,                  \
-     isa::kcenter_advance,                \
+     isa::kcenter_add,                    \
+     isa::kcenter_farthest,               \
      isa::nearest_neighbors}
 
 #ifdef SPD_HAVE_v2

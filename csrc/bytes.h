@@ -13,12 +13,13 @@
 namespace spd {
 namespace {  // internal linkage: see common.h
 
-// With 63, products of two pairs fit 16 bits if one factor is made positive by adding 64.
+// With 63, products of two pairs fit 16 bits if one factor is made positive by adding 64. A point
+// is stored as q + 64, and as q in a block with which others are compared.
 constexpr int largest_byte = kcenter_largest_byte, made_positive = 64;
 constexpr int byte_step = 8;  // coordinates that are multiplied at once
 
 // GCC 12 narrows a vector one number at a time.
-static inline void store_bytes(int8_t* to, Ints integers) {
+static inline void store_bytes(uint8_t* to, Ints integers) {
 #if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)integers));
 #elif defined(__AVX2__)
@@ -26,17 +27,17 @@ static inline void store_bytes(int8_t* to, Ints integers) {
                                           _mm256_extracti128_si256((__m256i)integers, 1));
     _mm_storel_epi64((__m128i*)to, _mm_packs_epi16(pairs, pairs));
 #else
-    for (int i = 0; i < lanes; ++i) to[i] = int8_t(integers[i]);
+    for (int i = 0; i < lanes; ++i) to[i] = uint8_t(integers[i]);
 #endif
 }
 
-// x (d,) to q, which has zeros from d to the next multiple of lanes. An error is too large rather
+// x (d,) to q + 64, with q = 0 from d to the next multiple of lanes. An error is too large rather
 // than too small: the margins cover the rounding of up to 65,536 terms.
 static inline ByteInfo to_bytes(const float* x, const float* origin, float scale, int d,
-                                int8_t* q) {
+                                uint8_t* bytes) {
     constexpr float shift = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
     Floats left_over = {};
-    Ints square = {}, sum = {};
+    Ints square = {};
     for (int c = 0; c < d; c += lanes) {
         const Floats place = (load_first(x + c, d - c) - load_first(origin + c, d - c)) * scale;
         Floats whole = place < -float(largest_byte) ? Floats{} - largest_byte : place;
@@ -45,14 +46,10 @@ static inline ByteInfo to_bytes(const float* x, const float* origin, float scale
         left_over += (place - whole) * (place - whole);
         const Ints integers = __builtin_convertvector(whole, Ints);
         square += integers * integers;
-        sum += integers;
-        store_bytes(q + c, integers);
+        store_bytes(bytes + c, integers + made_positive);
     }
-    ByteInfo info{0, 0, 0};
-    for (int i = 0; i < lanes; ++i) {
-        info.square += square[i];
-        info.excess += sum[i] * made_positive;
-    }
+    ByteInfo info{0, 0};
+    for (int i = 0; i < lanes; ++i) info.square += square[i];
     const float length = sqrtf(sum_of(left_over));
     info.error = length * 1.001f + 1e-6f * (length + sqrtf(float(info.square)));
     return info;
@@ -70,18 +67,18 @@ typedef __m128i ByteVector;
 #endif
 
 // sum[i] + the products of four bytes of `a`, from 4 i, with four of `x`, and of `b` with `y`.
-static inline Ints add_products(Ints sum, const uint8_t* a, const uint8_t* b, const int8_t* x,
-                                const int8_t* y) {
+static inline Ints add_products(Ints sum, const int8_t* a, const int8_t* b, const uint8_t* x,
+                                const uint8_t* y) {
 #ifdef __SSSE3__
     int32_t four_x, four_y;
     memcpy(&four_x, x, 4);
     memcpy(&four_y, y, 4);
-    ByteVector va, vb;
+    ByteVector va, vb;  // second factors, which have signs, as only those can stay in memory
     memcpy(&va, a, sizeof va);
     memcpy(&vb, b, sizeof vb);
     const ByteVector pairs =
-        SPD_BYTES(add_epi16)(SPD_BYTES(maddubs_epi16)(va, SPD_BYTES(set1_epi32)(four_x)),
-                             SPD_BYTES(maddubs_epi16)(vb, SPD_BYTES(set1_epi32)(four_y)));
+        SPD_BYTES(add_epi16)(SPD_BYTES(maddubs_epi16)(SPD_BYTES(set1_epi32)(four_x), va),
+                             SPD_BYTES(maddubs_epi16)(SPD_BYTES(set1_epi32)(four_y), vb));
     return sum + (Ints)SPD_BYTES(madd_epi16)(pairs, SPD_BYTES(set1_epi16)(1));
 #else
     for (int i = 0; i < lanes; ++i)
@@ -90,26 +87,34 @@ static inline Ints add_products(Ints sum, const uint8_t* a, const uint8_t* b, co
 #endif
 }
 
-// A block holds `bound_block` points, made positive: four coordinates of each, then the next four.
-static inline void put_in_block(uint8_t* block, int place, const int8_t* q, int bytes) {
-    for (int c = 0; c < bytes; ++c)
-        block[(c / 4 * bound_block + place) * 4 + c % 4] = uint8_t(q[c] + made_positive);
+// A block holds `bound_block` points: four coordinates of each, then the next four. Returns by how
+// much the products with a point are too large, as its integers are made positive.
+static inline int32_t put_in_block(int8_t* block, int place, const uint8_t* point, int bytes) {
+    int32_t sum = 0;
+    for (int c = 0; c < bytes; ++c) {
+        const int q = point[c] - made_positive;
+        block[(c / 4 * bound_block + place) * 4 + c % 4] = int8_t(q);
+        sum += q;
+    }
+    return made_positive * sum;
 }
 
-// Squared distances of the integers q (bytes,), a multiple of byte_step, to those of a block.
-static inline void byte_distances(const uint8_t* block, const int32_t* block_squares,
-                                  const int8_t* q, const ByteInfo& info, int bytes, Floats* out) {
+// Squared distances of a point's integers (bytes,), a multiple of byte_step, to those of a block.
+// `block_squares` are the squares of those in the block, and twice their excess.
+static inline void byte_distances(const int8_t* block, const int32_t* block_squares,
+                                  const uint8_t* point, int32_t square, int bytes, Floats* out) {
     constexpr int four = 4 * bound_block;  // bytes of four coordinates
     Ints products[block_vectors] = {};
+#pragma GCC unroll 4
     for (int c = 0; c < bytes; c += byte_step)
         for (int v = 0; v < block_vectors; ++v) {
-            const uint8_t* a = block + c * bound_block + v * 4 * lanes;
-            products[v] = add_products(products[v], a, a + four, q + c, q + c + 4);
+            const int8_t* a = block + c * bound_block + v * 4 * lanes;
+            products[v] = add_products(products[v], a, a + four, point + c, point + c + 4);
         }
     for (int v = 0; v < block_vectors; ++v) {
         Ints squares;
         memcpy(&squares, block_squares + v * lanes, sizeof squares);
-        squares += info.square - 2 * (products[v] - info.excess);
+        squares += square - 2 * products[v];
         out[v] = __builtin_convertvector(squares, Floats);
     }
 }

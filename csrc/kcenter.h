@@ -8,13 +8,12 @@ namespace spd {
 constexpr int kcenter_block = 16;
 constexpr int kcenter_largest_byte = 63;
 constexpr int kcenter_group = 128;  // points of which one bound is kept
-constexpr int kcenter_bytes = 32;   // a point's bytes are padded with zeros to a multiple of it
+constexpr int kcenter_bytes = 32;   // a point's bytes are padded to a multiple of it
 
 // What is known of a point in bytes, see bytes.h.
 struct ByteInfo {
     float error;
     int32_t square;  // sum of the integers' squares
-    int32_t excess;  // 64 times their sum
 };
 
 struct KCenter {
@@ -33,21 +32,23 @@ struct KCenter {
     float* distances;  // with room for whole groups
     int32_t* seen;
     int32_t* in_bytes;
-    int8_t* point_bytes;  // times bytes
+    uint8_t* point_bytes;  // times bytes
     ByteInfo* infos;
     float radius;  // of the last pick, squared: no distance is larger
-    float step;    // by which share of it the next one is expected to be smaller
     // Of the picks, room for k rounded up to a whole block of each.
-    uint8_t* pick_bytes;  // times bytes
+    int8_t* pick_bytes;  // times bytes
     int32_t* pick_squares;
     float* pick_errors;
     int64_t evaluations;  // of full distances
 };
 
-#define SPD_DECLARE_KCENTER(isa)                          \
-    namespace isa {                                       \
-    bool kcenter_begin(KCenter& state, float largest);    \
-    void kcenter_advance(KCenter& state, int64_t picked); \
+// The points from `begin` to `end` are whole groups, or the rest. Threads may work on different
+// ones, each with a state of its own that points to the same memory.
+#define SPD_DECLARE_KCENTER(isa)                                                              \
+    namespace isa {                                                                           \
+    bool kcenter_begin(KCenter& state, float largest, int64_t begin, int64_t end);            \
+    void kcenter_add(KCenter& state, int64_t point);                                          \
+    int64_t kcenter_farthest(KCenter& state, float limit, int64_t begin, int64_t end);        \
     }
 
 }  // namespace spd

@@ -39,6 +39,8 @@ static inline Floats load_first(const float* p, int count) {
     if (count >= lanes) return load(p);
 #if defined(__AVX512F__)
     return (Floats)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_maskload_ps(p, (__m256i)(Ints{0, 1, 2, 3, 4, 5, 6, 7} < Ints{} + count));
 #else
     Floats v = {};
     for (int i = 0; i < count; ++i) v[i] = p[i];

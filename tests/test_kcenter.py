@@ -12,6 +12,7 @@ from spd_fast import InputError, greedy_kcenter
 from spd_fast import reference_patchcore as reference
 from spd_fast.ops.backends import native
 from spd_fast.ops.bounds import coordinates, principal_axes, rounding
+from spd_fast.ops.kcenter import _reach_of_bytes
 from spd_fast.ops.nearest import BOUNDS, nearest_neighbors, prepare_bank
 
 # ------------------------------------------------------- reference against numpy, anomalib, sklearn
@@ -176,13 +177,14 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.1e15, -1.1e15])
 @pytest.mark.parametrize("place", [(1, 0), (2999, 30), (1500, 32)])
-def test_a_bad_value_anywhere_is_found(value, place):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_bad_value_anywhere_is_found(value, place, threads):
     """Where the sample that tells how far bytes have to reach does not see it, too."""
     points = torch.randn(3000, 33)
     points[place] = value
     for backend in ("native", "reference"):
         with pytest.raises(InputError, match=r"points must be finite and at most 1e\+15 in size"):
-            greedy_kcenter(points, 5, backend=backend)
+            greedy_kcenter(points, 5, threads=threads, backend=backend)
 
 
 def test_other_threads_run_during_a_selection():
@@ -199,7 +201,7 @@ def test_other_threads_run_during_a_selection():
         )
         thread.start()
         started.set()
-        native.greedy_kcenter(points, origin, 1e20, 1e15, picks, reports.append)
+        native.greedy_kcenter(points, origin, 1e20, 1e15, picks, reports.append, 1)
         finished.set()
         thread.join()
         return ran == [True]
@@ -219,7 +221,7 @@ def test_few_distances_are_computed(dim):
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(1000, dim, generator=generator)
     picks = torch.zeros(300, dtype=torch.int64)
-    arguments = (1e15, picks.numpy(), lambda done: None)
+    arguments = (1e15, picks.numpy(), lambda done: None, 1)
     origin = torch.zeros(dim).numpy()
     few = native.greedy_kcenter(points.numpy(), origin, 4.0, *arguments)
     expected = greedy_kcenter(points, 300, backend="reference")
@@ -231,7 +233,7 @@ def test_few_distances_are_computed(dim):
 
 @pytest.mark.parametrize("outlier", [0, 1])
 def test_a_point_far_from_all_others(outlier):
-    """As one of the sample it makes the bytes coarse; as none of it, its own bytes are cut off."""
+    """Its bytes are cut off, whether it is one of the sample or not."""
     points = torch.randn(2100, 40, generator=torch.Generator().manual_seed(0))
     points[outlier] = 1e5
     native_picks, plain = (
@@ -240,13 +242,22 @@ def test_a_point_far_from_all_others(outlier):
     assert torch.equal(native_picks, plain) and native_picks[1] == outlier
 
 
+def test_bytes_are_not_made_coarse_by_a_few():
+    points = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0))
+    origin, reach = _reach_of_bytes(points)
+    points[::31] *= 1e4
+    other_origin, other_reach = _reach_of_bytes(points)
+    assert reach / 1.5 < other_reach < reach * 1.5
+    assert (other_origin - origin).abs().max() < 0.2 * reach
+
+
 @pytest.mark.parametrize("size", [1e-10, 1e-12])
-def test_tiny_points_between_two_huge_ones(size):
-    """All bytes but two are zero, and what is left over underflows when it is squared."""
+def test_tiny_points_between_huge_ones(size):
+    """The bytes of all others are zero, and what is left over underflows when it is squared."""
     points = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * size
-    points[0], points[1] = 1e15, -1e15
+    points[:20:2], points[1:20:2] = 1e15, -1e15
     native_picks, plain = (
-        greedy_kcenter(points, 60, 2, backend=b) for b in ("native", "reference")
+        greedy_kcenter(points, 60, 25, backend=b) for b in ("native", "reference")
     )
     assert torch.equal(native_picks, plain)
 
@@ -276,6 +287,45 @@ def test_tiny_points_whether_or_not_denormals_are_flushed(name, flush):
                 greedy_kcenter(points, 40, start, backend=b) for b in ("native", "reference")
             )
             assert torch.equal(native_picks, plain)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def points_for_threads(name: str) -> torch.Tensor:
+    """Enough for several parts. Of equally far points in different parts the lowest is picked."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(9000, 20, generator=generator)
+    if name == "ties everywhere":
+        points = torch.randint(0, 3, (9000, 4), generator=generator).float()
+    if name == "all the same":
+        points = torch.ones(9000, 3)
+    if name == "the farthest are last":
+        points *= torch.linspace(0.5, 1, 9000)[:, None]
+    if name == "the farthest are first":
+        points *= torch.linspace(1, 0.5, 9000)[:, None]
+    return points * 1e-20 if name == "squares are denormal" else points
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "random",
+        "ties everywhere",
+        "all the same",
+        "the farthest are last",
+        "the farthest are first",
+        "squares are denormal",
+    ],
+)
+def test_picks_do_not_depend_on_threads(name, flush, threads):
+    points = points_for_threads(name)
+    greedy_kcenter(points, 1, threads=threads)  # starts threads before the mode is set
+    assert torch.set_flush_denormal(flush)
+    try:
+        one, more = (greedy_kcenter(points, 300, 8999, threads=t) for t in (1, threads))
+        assert torch.equal(one, more)
     finally:
         torch.set_flush_denormal(False)
 
@@ -319,5 +369,5 @@ def test_progress_is_reported_and_may_interrupt():
 
     origin, picks = torch.zeros(32), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, 1e15, picks.numpy(), report)
+        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, 1e15, picks.numpy(), report, 1)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

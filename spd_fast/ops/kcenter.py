@@ -1,7 +1,5 @@
 """`greedy_kcenter`: which points PatchCore keeps as its coreset."""
 
-import math
-
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,9 +13,10 @@ from spd_fast.ops.backends import (
     not_on_cpu,
     reference_backend,
     select,
+    thread_count,
 )
 
-SAMPLE = 1024  # points that tell where the bytes of csrc/bytes.h have to reach
+SAMPLE = 512  # points that tell where the bytes of csrc/bytes.h have to reach
 
 
 def greedy_kcenter(
@@ -26,6 +25,7 @@ def greedy_kcenter(
     start: int = 0,
     *,
     progress: bool = False,
+    threads: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Greedy k-center (Gonzalez 1985), PatchCore's coreset (Roth et al. 2022, section 3.2).
@@ -40,6 +40,7 @@ def greedy_kcenter(
         k: how many to pick, 1..N.
         start: index of the first pick.
         progress: show a progress bar.
+        threads: CPU threads; 0 = torch.get_num_threads().
         backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
 
     Returns:
@@ -48,12 +49,17 @@ def greedy_kcenter(
     Raises:
         InputError: an argument has the wrong shape, dtype or range; the message names it.
     """
-    return torch.ops.spd_fast.greedy_kcenter(points, k, start, progress, backend)
+    return torch.ops.spd_fast.greedy_kcenter(points, k, start, progress, threads, backend)
 
 
 @torch.library.custom_op("spd_fast::greedy_kcenter", mutates_args=())
 def _greedy_kcenter(
-    points: Tensor, k: int, start: int = 0, progress: bool = False, backend: str | None = None
+    points: Tensor,
+    k: int,
+    start: int = 0,
+    progress: bool = False,
+    threads: int = 0,
+    backend: str | None = None,
 ) -> Tensor:
     check_shape("points", points)
     if not 1 <= k <= len(points):
@@ -62,11 +68,11 @@ def _greedy_kcenter(
         raise InputError(f"start must be 0..{len(points) - 1}, the index of a point; got {start}")
     chosen = select("greedy_kcenter", backend, points)
     with tqdm(total=k, desc="coreset", unit="point", delay=1, disable=not progress) as bar:
-        return chosen.function(points, k, start, lambda done: bar.update(done - bar.n))
+        return chosen.function(points, k, start, lambda done: bar.update(done - bar.n), threads)
 
 
 @_greedy_kcenter.register_fake
-def _(points, k, start=0, progress=False, backend=None) -> Tensor:
+def _(points, k, start=0, progress=False, threads=0, backend=None) -> Tensor:
     return points.new_empty(k, dtype=torch.int64)
 
 
@@ -100,18 +106,33 @@ def check_values(name: str, points: Tensor) -> None:
         )
 
 
-def _kcenter_native(points, k, start, progress) -> Tensor:
+def _reach_of_bytes(points: Tensor) -> tuple[Tensor, float]:
+    """Origin and reach of csrc/bytes.h, which leave out the outermost twentieth: of those points
+    coordinates are cut off, and bytes are finer for all others."""
     some = points[:: -(-len(points) // SAMPLE)]
-    origin = some.mean(0)
-    reach = max(float((some - origin).abs().max()), 1e-30)
-    if not math.isfinite(reach):
+    size = (some - some.mean(0)).abs().amax(1)
+    limit = size.kthvalue(-(-95 * len(size) // 100)).values
+    if not bool(limit.isfinite()):
         check_values("points", points)
+    inner = some[size <= limit]
+    origin = inner.mean(0)
+    return origin, max(float((inner - origin).abs().max()), 1e-30)
+
+
+def _kcenter_native(points, k, start, progress, threads) -> Tensor:
+    origin, reach = _reach_of_bytes(points)
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
     # Values are looked at where they are first read: reading all of them once more would be a tenth
     # of the time of a selection of few.
     computed = native.greedy_kcenter(
-        points.contiguous().numpy(), origin.numpy(), reach, LARGEST, picks.numpy(), progress
+        points.contiguous().numpy(),
+        origin.numpy(),
+        reach,
+        LARGEST,
+        picks.numpy(),
+        progress,
+        thread_count(threads),
     )
     if computed < 0:  # distances; here, a value that was refused
         check_values("points", points)
@@ -119,7 +140,7 @@ def _kcenter_native(points, k, start, progress) -> Tensor:
     return picks
 
 
-def _kcenter_reference(points, k, start, progress) -> Tensor:
+def _kcenter_reference(points, k, start, progress, threads) -> Tensor:
     check_values("points", points)
     return reference.greedy_kcenter(points, k, start, progress)
 
