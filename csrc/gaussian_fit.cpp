@@ -11,12 +11,19 @@ namespace SPD_ISA {
 namespace {
 
 constexpr int half = 4;  // columns of a block at a time
+// So many blocks of L's panels at a time are multiplied by W: they stay in the first cache, and
+// what they are multiplied by in the second, which matters more the busier the third one is.
+constexpr int run = 12;
 
 // sum[i][c] += over n steps, a vector of panel i times number c of the other factor, for the panels
-// from number `from` on. Both lie `step`s apart, the numbers `across`.
+// from number `from` on. Both lie `step`s apart, the numbers `across`. Inlined, or the sums would
+// be in memory.
 template <int from>
-inline void add_products(Rows (&sum)[panel_group][half], const float* const* panel, size_t step,
-                         const float* other, size_t other_step, size_t across, int n) {
+__attribute__((always_inline)) inline void add_products(Rows (&sum)[panel_group][half],
+                                                        const float* const* panel, size_t step,
+                                                        const float* other, size_t other_step,
+                                                        size_t across, int n) {
+#pragma GCC unroll 4
     for (int k = 0; k < n; ++k) {
         Rows column[panel_group];
         for (int i = from; i < panel_group; ++i) column[i] = load_rows(panel[i] + k * step);
@@ -176,53 +183,83 @@ void add_block_product(Rows* target, const float* left, const float* right) {
         for (int q = 0; q < 8; ++q) target[q] += load_rows(left + 8 * i) * right[8 * q + i];
 }
 
+// The group's own blocks of L, from number `done` on, to their inverse.
+void invert_corner(float* const* panel, int first, int done) {
+    for (int i = first; i < panel_group; ++i) {
+        float* row = panel[i] + 64 * done;
+        const int diagonal = i - first;
+        float inverse[64];
+        invert_block(row + 64 * diagonal, inverse);
+        for (int c = 0; c < diagonal; ++c) {
+            Rows sum[8] = {}, product[8] = {};
+            for (int j = c; j < diagonal; ++j)
+                add_block_product(sum, row + 64 * j, panel[first + j] + 64 * (done + c));
+            for (int q = 0; q < 8; ++q) store_rows(row + 64 * c + 8 * q, -sum[q]);
+            add_block_product(product, inverse, row + 64 * c);
+            for (int q = 0; q < 8; ++q) store_rows(row + 64 * c + 8 * q, product[q]);
+        }
+        memcpy(row + 64 * diagonal, inverse, sizeof inverse);
+    }
+}
+
+// sum += block number `block` of the panels from number `from` on, times columns of one more block.
+template <int from>
+__attribute__((always_inline)) inline void add_blocks(Rows (&sum)[panel_group][half],
+                                                      float* const* panel, int block,
+                                                      const float* columns) {
+    const float* left[panel_group];
+    for (int i = from; i < panel_group; ++i) left[i] = panel[i] + 64 * block;
+    add_products<from>(sum, left, 8, columns, 1, 8, 8);
+}
+
+// Of all c < done: block c of `sums` = sum over j = c .. done - 1 of block j of the panels times
+// block c of panel j of `a`.
+template <int from>
+void multiply_by_done(float* const* panel, const float* a, int done, float* const* sums) {
+    for (int begin = 0; begin < done; begin += run) {
+        const int end = min2(begin + run, done);
+        for (int c = 0; c < end; ++c)
+            for (int h = 0; h < 8; h += half) {
+                const int place = 64 * c + 8 * h;
+                Rows sum[panel_group][half] = {};
+                for (int i = from; i < panel_group && c < begin; ++i)
+                    for (int q = 0; q < half; ++q) sum[i][q] = load_rows(sums[i] + place + 8 * q);
+                const float* columns = a + panel_start(max2(begin, c)) + place;
+                for (int j = max2(begin, c); j < end; ++j) {
+                    add_blocks<from>(sum, panel, j, columns);
+                    columns += 64 * (j + 1);
+                }
+                for (int i = from; i < panel_group; ++i)
+                    for (int q = 0; q < half; ++q) store_rows(sums[i] + place + 8 * q, sum[i][q]);
+            }
+    }
+}
+
 // L, as `cholesky` leaves it, becomes W = scale * L^-1, a group of panels after the other, in
-// place: W_rr = scale * L_rr^-1 and, for c < r, W_rc = -L_rr^-1 * (sum over j = c..r-1 of L_rj
-// W_jc). `old` holds the panels' L: panel_group times 64 * panel_count floats.
-void invert(float* a, int panel_count, float scale, float* old) {
+// place: of panels R, M = L_RR^-1 and W_Rc = -M * (sum over j = c..r-1 of L_Rj W_jc). `memory` has
+// room for panel_group times 64 * panel_count floats.
+void invert(float* a, int panel_count, float scale, float* memory) {
     for_groups(panel_count, [&](int r, int first) {
         const int done = r + first;  // panels of W there are
-        const float* lower[panel_group];
+        float *panel[panel_group], *sums[panel_group];
         for (int i = first; i < panel_group; ++i) {
-            float* copy = old + i * 64 * size_t(panel_count);
-            memcpy(copy, a + panel_start(r + i), 64 * size_t(r + i + 1) * sizeof(float));
-            lower[i] = copy;
+            panel[i] = a + panel_start(r + i);
+            sums[i] = memory + i * 64 * size_t(panel_count);
         }
-        // The sums over what is done, for all panels of the group at once.
-        for (int c = 0; c < done; ++c)
-            starting_from(first, [&](auto from) {
-                for (int h = 0; h < 8; h += half) {
-                    Rows sum[panel_group][half] = {};
-                    for (int j = c; j < done; ++j) {
-                        const float* block[panel_group];
-                        for (int i = from.value; i < panel_group; ++i) block[i] = lower[i] + 64 * j;
-                        add_products<from.value>(sum, block, 8, a + panel_start(j) + 64 * c + 8 * h,
-                                                 1, 8, 8);
-                    }
-                    for (int i = from.value; i < panel_group; ++i)
-                        for (int q = 0; q < half; ++q)
-                            store_rows(a + panel_start(r + i) + 64 * c + 8 * (h + q), sum[i][q]);
-                }
-            });
-        // What the group's own panels add, each when those before it are finished.
-        for (int i = first; i < panel_group; ++i) {
-            float* panel = a + panel_start(r + i);
-            float inverse[64];
-            invert_block(lower[i] + 64 * (r + i), inverse);
-            for (int c = 0; c < r + i; ++c) {
-                Rows sum[8] = {};
-                if (c < done)
-                    for (int q = 0; q < 8; ++q) sum[q] = load_rows(panel + 64 * c + 8 * q);
-                for (int j = max2(done, c); j < r + i; ++j)
-                    add_block_product(sum, lower[i] + 64 * j, a + panel_start(j) + 64 * c);
-                for (int q = 0; q < 8; ++q) {
-                    Rows v = {};
-                    for (int k = 0; k < 8; ++k) v -= load_rows(inverse + 8 * k) * sum[q][k];
-                    store_rows(panel + 64 * c + 8 * q, v);
-                }
-            }
-            for (int k = 0; k < 64; ++k) panel[64 * (r + i) + k] = scale * inverse[k];
+        starting_from(first,
+                      [&](auto from) { multiply_by_done<from.value>(panel, a, done, sums); });
+        invert_corner(panel, first, done);
+        for (int place = 0; place < 64 * done; place += 8 * half) {
+            Rows sum[panel_group][half] = {};
+            for (int k = first; k < panel_group; ++k)
+                starting_from(k, [&](auto from) {
+                    add_blocks<from.value>(sum, panel, done + k - first, sums[k] + place);
+                });
+            for (int i = first; i < panel_group; ++i)
+                for (int q = 0; q < half; ++q) store_rows(panel[i] + place + 8 * q, -sum[i][q]);
         }
+        for (int i = first; i < panel_group; ++i)
+            for (int k = 0; k < 64 * (i - first + 1); ++k) panel[i][64 * done + k] *= scale;
         return true;
     });
 }
@@ -266,8 +303,8 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
     static thread_local Scratch scratch;
     const int d = args.d, padded = 8 * panels(d);
     const size_t size = packed_size(d);
-    float* old = scratch.reserve(panel_group * 8 * size_t(padded)).next;
-    if (!old) return no_memory;
+    float* memory = scratch.reserve(panel_group * 8 * size_t(padded)).next;
+    if (!memory) return no_memory;
     const float freedom = float(args.count - 1), ridge = freedom * args.ridge;
     for (int64_t p = begin; p < end; ++p) {
         // Of the covariance times count - 1, so that nothing is divided.
@@ -275,7 +312,7 @@ int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t e
         for (int i = 0; i < d; ++i) a[packed_place(i, i)] += ridge;
         for (int i = d; i < padded; ++i) a[packed_place(i, i)] = 1;  // rows past d stay separate
         if (!cholesky(a, panels(d))) return p;
-        invert(a, panels(d), sqrtf(freedom), old);
+        invert(a, panels(d), sqrtf(freedom), memory);
         for (int i = d; i < padded; ++i) a[packed_place(i, i)] = 0;
     }
     return all_positive;
