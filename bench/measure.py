@@ -1,5 +1,6 @@
 """What the benchmarks of the detectors and metrics measure with."""
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -11,12 +12,21 @@ import torch
 
 def best(job: Callable, seconds: float = 1.0, clock: Callable = time.perf_counter) -> float:
     """Shortest time of a job in seconds, over at least 3 runs that take `seconds` together."""
-    times = []
+    return min(_times(job, seconds, clock))
+
+
+def typical(job: Callable, seconds: float = 1.0, clock: Callable = time.perf_counter) -> float:
+    """The median of the same, to be compared with what is run only once."""
+    return statistics.median(_times(job, seconds, clock))
+
+
+def _times(job: Callable, seconds: float, clock: Callable) -> list[float]:
+    times: list[float] = []
     while sum(times) < seconds or len(times) < 3:
         start = clock()
         job()
         times.append(clock() - start)
-    return min(times)
+    return times
 
 
 def multiply_add_peak(clock: Callable = time.perf_counter) -> float:

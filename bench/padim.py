@@ -23,7 +23,7 @@ from functools import cache
 import torch
 from anomalib.models.components.stats.multi_variate_gaussian import MultiVariateGaussian
 from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
-from measure import best, multiply_add_peak, peak_memory
+from measure import best, multiply_add_peak, peak_memory, typical
 
 from spd_fast import PaDiM, mahalanobis_map, reference
 from spd_fast.detector import smooth_upsample
@@ -147,7 +147,7 @@ def lines_of_fit(d: int, grid: int) -> None:
         start = time.perf_counter()
         gaussian.fit(embedding)
         theirs = time.perf_counter() - start
-        pairs.append((theirs, best(lambda: fit(layers, channels))))
+        pairs.append((theirs, typical(lambda: fit(layers, channels))))
     mean, factor = fit(layers, channels)
     w = unpack(factor[:16], d)
     identity = w @ torch.linalg.inv(gaussian.inv_covariance[:16].double()).float() @ w.mT
@@ -155,7 +155,7 @@ def lines_of_fit(d: int, grid: int) -> None:
     assert difference < 1e-2, f"the covariances differ by {difference}"
     theirs, ours = (statistics.median(times) for times in zip(*pairs))
     ratios = sorted(peer / own for peer, own in pairs)
-    update = best(lambda: gaussian_update(layers, channels, 0, mean, factor))
+    update = typical(lambda: gaussian_update(layers, channels, 0, mean, factor))
     peak = multiply_add_peak()
     cholesky_and_inverse = 2 / 3 * d**3 * grid**2 / (ours - update) / peak
     outer_products = 2 * packed_size(d) * grid**2 * FIT_BLOCK / update / peak

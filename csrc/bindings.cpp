@@ -24,8 +24,7 @@ namespace spd {
      isa::gaussian_update,                \
      isa::gaussian_factor,                \
      isa::kcenter_begin,                  \
-     isa::kcenter_add,                    \
-     isa::kcenter_farthest,               \
+     isa::kcenter_advance,                \
      isa::nearest_neighbors}
 
 #ifdef SPD_HAVE_v2

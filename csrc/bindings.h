@@ -30,9 +30,8 @@ struct Kernels {
     bool (*mahalanobis)(const MahalanobisArgs&, int64_t, int64_t);
     bool (*gaussian_update)(const GaussianUpdateArgs&, int64_t, int64_t);
     int64_t (*gaussian_factor)(const GaussianFactorArgs&, int64_t, int64_t);
-    bool (*kcenter_begin)(KCenter&, float, int64_t, int64_t);
-    void (*kcenter_add)(KCenter&, int64_t);
-    int64_t (*kcenter_farthest)(KCenter&, float, int64_t, int64_t);
+    bool (*kcenter_begin)(KCenter&, float);
+    void (*kcenter_advance)(KCenter&, int64_t);
     bool (*nearest_neighbors)(const NearestArgs&, int64_t, int64_t);
 };
 

@@ -1,10 +1,8 @@
 // PatchCore: greedy k-center and nearest neighbours.
 
 #include <atomic>
-#include <cfenv>
 #include <cfloat>
 #include <memory>
-#include <mutex>
 
 #include "bindings.h"
 
@@ -19,93 +17,12 @@ static std::unique_ptr<T, decltype(&free)> new_array(int64_t size) {
     return {array, &free};
 }
 
-// Threads take parts of the points. Each works with a copy of the state, which points to the same
-// memory; then merge(copy, result) is called, for one after the other.
-template <class Work, class Merge>
-static void in_parts(const KCenter& state, int threads, const Work& work, const Merge& merge) {
-    // Few parts, as the farthest of each is found; but more than threads, as some take longer.
-    const int64_t share = std::max<int64_t>(state.n / (8 * threads), 2048);
-    const int64_t groups = (share + kcenter_group - 1) / kcenter_group;
-    const int64_t grain = threads > 1 ? groups * kcenter_group : state.n;
-    std::mutex mutex;
-    std::fenv_t caller;
-    std::fegetenv(&caller);
-    parallel_for(state.n, grain, threads, [&](int64_t begin, int64_t end) {
-        std::fenv_t before;
-        std::fegetenv(&before);
-        std::fesetenv(&caller);  // flushes denormals as the caller does, or does not
-        KCenter own = state;
-        own.evaluations = 0;
-        const auto result = work(own, begin, end);
-        std::fesetenv(&before);
-        const std::lock_guard<std::mutex> lock(mutex);
-        merge(own, result);
-    });
-}
-
-// False if a value was refused.
-static bool begin_kcenter(KCenter& state, float largest, int threads) {
-    bool right = true;
-    float radius = 0;
-    in_parts(
-        state, threads,
-        [&](KCenter& own, int64_t begin, int64_t end) {
-            return kernels->kcenter_begin(own, largest, begin, end);
-        },
-        [&](const KCenter& own, bool all) {
-            right = right && all;
-            radius = std::max(radius, own.radius);
-        });
-    state.radius = radius;
-    state.evaluations = state.n;
-    if (right) kernels->kcenter_add(state, state.picks[0]);
-    return right;
-}
-
-// The point that is farthest from the picks, the lowest of equals, which becomes the radius; or -1
-// if none is beyond the limit.
-static int64_t farthest(KCenter& state, float limit, int threads) {
-    int64_t found = -1, evaluations = 0;
-    std::atomic<float> beyond{limit};
-    float distance = 0;
-    in_parts(
-        state, threads,
-        [&](KCenter& own, int64_t begin, int64_t end) {
-            return kernels->kcenter_farthest(own, beyond, begin, end);
-        },
-        [&](const KCenter& own, int64_t point) {
-            evaluations += own.evaluations;
-            if (point < 0 || own.radius < distance) return;
-            if (found < 0 || own.radius > distance || point < found) found = point;
-            distance = own.radius;
-            // Other parts may have a lower point at the same distance, which may be zero.
-            beyond = std::max(limit, distance - distance * 1e-6f - FLT_MIN);
-        });
-    state.evaluations += evaluations;
-    if (found >= 0) state.radius = distance;
-    return found;
-}
-
-// Picks points until so many are known.
-static void advance_kcenter(KCenter& state, int64_t picked, float& step, int threads) {
-    while (state.done < picked) {
-        const float last = state.radius;
-        int64_t point;
-        // Picks have negative distances, so any other point is beyond -0.5.
-        while ((point = farthest(state, step < 1 ? last * (1 - step) : -0.5f, threads)) < 0)
-            step = 2 * step + 1e-4f;
-        if (last > 0) step += 0.2f * (1 - state.radius / last - step);
-        kernels->kcenter_add(state, point);
-    }
-}
-
 // Fills picks (k,), whose first is the start. Bytes are exact to 1 / 126 of `reach` for coordinates
 // not farther from the origin than that. `progress` is called with how many are known every
 // now and then, and may raise. Returns how many full distances were computed, or -1 and no picks if
 // a coordinate is not a number or larger than `largest`, of which squares must be finite.
 static int64_t greedy_kcenter(const py::array& points, const py::array& origin, float reach,
-                              float largest, const py::array& picks, const py::function& progress,
-                              int threads) {
+                              float largest, const py::array& picks, const py::function& progress) {
     require(points.ndim() == 2 && picks.ndim() == 1, "points must be 2-D, picks 1-D");
     KCenter state{};
     state.n = points.shape(0);
@@ -142,13 +59,12 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     state.pick_errors = pick_errors.data();
     {
         py::gil_scoped_release release;
-        if (!begin_kcenter(state, largest, threads)) return -1;
+        if (!kernels->kcenter_begin(state, largest)) return -1;
     }
-    float step = 0;  // by which share of the radius the next one is expected to be smaller
     while (state.done < state.k) {
         {
             py::gil_scoped_release release;
-            advance_kcenter(state, std::min(state.k, state.done + 256), step, threads);
+            kernels->kcenter_advance(state, std::min(state.k, state.done + 256));
         }
         progress(state.done);
         if (PyErr_CheckSignals()) throw py::error_already_set();  // Ctrl-C

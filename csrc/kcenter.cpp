@@ -25,6 +25,16 @@ constexpr int piece = 64, first_piece = 16;
 // to 1,024 are alike.)
 constexpr int many_picks = 512;
 
+void add_pick(KCenter& state, int64_t point) {
+    const int64_t number = state.done++, first = number / bound_block * bound_block;
+    state.picks[number] = point;
+    const int32_t excess = put_in_block(state.pick_bytes + first * state.bytes, int(number - first),
+                                        state.point_bytes + point * state.bytes, state.bytes);
+    state.pick_squares[number] = state.infos[point].square + 2 * excess;
+    state.pick_errors[number] = state.infos[point].error;
+    state.distances[point] = -1;
+}
+
 // GCC leaves out calls of a function that only fetches: it has to be inlined.
 __attribute__((always_inline)) inline void fetch(const void* start, int64_t size) {
     for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(static_cast<const char*>(start) + i);
@@ -77,10 +87,10 @@ float largest_of_group(const float* distances) {
     return found;
 }
 
-// The next points before `end` whose bounds are beyond the limit, at most so many of them.
-int collect(KCenter& state, float limit, int64_t& next, int64_t end, int32_t* points, int most) {
+// The next points whose bounds are beyond the limit, at most so many of them.
+int collect(KCenter& state, float limit, int64_t& next, int32_t* points, int most) {
     int count = 0;
-    while (next < end && count <= most - lanes) {
+    while (next < state.n && count <= most - lanes) {
         const float* distances = state.distances + next;
         if (next % kcenter_group == 0) {
             float& peak = state.peaks[next / kcenter_group];
@@ -184,46 +194,13 @@ void compare(KCenter& state, size_t point, float limit) {
     state.distances[point] = smallest;
 }
 
-}  // namespace
-
-// False if a coordinate is not a number or larger than `largest`. The radius is not smaller then
-// than any distance to the start.
-bool kcenter_begin(KCenter& state, float largest, int64_t begin, int64_t end) {
-    const float* start = state.points + state.picks[0] * state.d;
-    for (int64_t i = begin; i < end; ++i) {
-        const float* point = state.points + i * state.d;
-        if (!all_within(point, state.d, largest)) return false;
-        uint8_t* bytes = state.point_bytes + i * state.bytes;
-        memset(bytes + state.bytes - kcenter_bytes, made_positive, kcenter_bytes);
-        state.infos[i] = to_bytes(point, state.origin, state.scale, state.d, bytes);
-        const float distance = dist2(point, start, state.d, INFINITY);
-        state.distances[i] = distance;
-        state.seen[i] = state.in_bytes[i] = 1;
-        state.radius = max2(state.radius, distance);
-    }
-    for (int64_t i = begin; i < end; i += kcenter_group) state.peaks[i / kcenter_group] = INFINITY;
-    for (int64_t i = end; i % kcenter_group; ++i) state.distances[i] = -1;  // as if picked
-    state.evaluations += end - begin;
-    return true;
-}
-
-void kcenter_add(KCenter& state, int64_t point) {
-    const int64_t number = state.done++, first = number / bound_block * bound_block;
-    state.picks[number] = point;
-    const int32_t excess = put_in_block(state.pick_bytes + first * state.bytes, int(number - first),
-                                        state.point_bytes + point * state.bytes, state.bytes);
-    state.pick_squares[number] = state.infos[point].square + 2 * excess;
-    state.pick_errors[number] = state.infos[point].error;
-    state.distances[point] = -1;
-}
-
-// The point that is farthest from the picks, the lowest of equals, which becomes the radius; or -1
-// if none is beyond the limit.
-int64_t kcenter_farthest(KCenter& state, float limit, int64_t begin, int64_t end) {
+// The point that is farthest from the picks, the lowest of equals, or -1 if none is beyond the
+// limit.
+int64_t farthest(KCenter& state, float limit) {
     int64_t found = -1;
     int32_t points[piece];
-    for (int64_t next = begin; next < end;) {
-        int count = collect(state, limit, next, end, points, next > begin ? piece : first_piece);
+    for (int64_t next = 0; next < state.n;) {
+        int count = collect(state, limit, next, points, next ? piece : first_piece);
         int64_t first = state.done;  // to be compared in bytes with picks from this one on
         for (int i = 0; i < count; ++i) {
             fetch(state.point_bytes + size_t(points[i]) * state.bytes, state.bytes);
@@ -242,6 +219,41 @@ int64_t kcenter_farthest(KCenter& state, float limit, int64_t begin, int64_t end
         }
     }
     return found;
+}
+
+}  // namespace
+
+// False if a coordinate is not a number or larger than `largest`.
+bool kcenter_begin(KCenter& state, float largest) {
+    const int64_t start = state.picks[0];
+    for (int64_t i = 0; i < state.n; ++i) {
+        const float* point = state.points + i * state.d;
+        if (!all_within(point, state.d, largest)) return false;
+        uint8_t* bytes = state.point_bytes + i * state.bytes;
+        memset(bytes + state.bytes - kcenter_bytes, made_positive, kcenter_bytes);
+        state.infos[i] = to_bytes(point, state.origin, state.scale, state.d, bytes);
+        const float distance = dist2(point, state.points + start * state.d, state.d, INFINITY);
+        state.distances[i] = distance;
+        state.seen[i] = state.in_bytes[i] = 1;
+        state.radius = max2(state.radius, distance);
+    }
+    for (int64_t i = 0; i < state.n; i += kcenter_group) state.peaks[i / kcenter_group] = INFINITY;
+    for (int64_t i = state.n; i % kcenter_group; ++i) state.distances[i] = -1;  // as if picked
+    state.evaluations = state.n - 1;
+    add_pick(state, start);
+    return true;
+}
+
+void kcenter_advance(KCenter& state, int64_t picked) {
+    while (state.done < picked) {
+        const float last = state.radius;
+        int64_t point;
+        // Picks have negative distances, so any other point is beyond -0.5.
+        while ((point = farthest(state, state.step < 1 ? last * (1 - state.step) : -0.5f)) < 0)
+            state.step = 2 * state.step + 1e-4f;
+        if (last > 0) state.step += 0.2f * (1 - state.radius / last - state.step);
+        add_pick(state, point);
+    }
 }
 
 }  // namespace SPD_ISA

@@ -35,6 +35,7 @@ struct KCenter {
     uint8_t* point_bytes;  // times bytes
     ByteInfo* infos;
     float radius;  // of the last pick, squared: no distance is larger
+    float step;    // by which share of it the next one is expected to be smaller
     // Of the picks, room for k rounded up to a whole block of each.
     int8_t* pick_bytes;  // times bytes
     int32_t* pick_squares;
@@ -42,13 +43,10 @@ struct KCenter {
     int64_t evaluations;  // of full distances
 };
 
-// The points from `begin` to `end` are whole groups, or the rest. Threads may work on different
-// ones, each with a state of its own that points to the same memory.
-#define SPD_DECLARE_KCENTER(isa)                                                              \
-    namespace isa {                                                                           \
-    bool kcenter_begin(KCenter& state, float largest, int64_t begin, int64_t end);            \
-    void kcenter_add(KCenter& state, int64_t point);                                          \
-    int64_t kcenter_farthest(KCenter& state, float limit, int64_t begin, int64_t end);        \
+#define SPD_DECLARE_KCENTER(isa)                          \
+    namespace isa {                                       \
+    bool kcenter_begin(KCenter& state, float largest);    \
+    void kcenter_advance(KCenter& state, int64_t picked); \
     }
 
 }  // namespace spd

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, in three orders of their threads, and again under sanitizers.
+"""The CUDA kernels on the CPU, in three orders of their threads, in one of them under sanitizers.
 
 With SPD_FAST_CUDA_ON_CPU a module that is built already is taken.
 """
@@ -35,7 +35,7 @@ whole = pytest.mark.skipif(
     "SPD_FAST_CUDA_ON_CPU" in os.environ, reason="of the run that builds the modules"
 )
 ORDERS = ("0", "1", "7")  # forwards, backwards, shuffled
-# All of them under the sanitizers, which run the same tests, and where faults are planted.
+# The second is taken under the sanitizers, which run the same tests and need more time.
 sanitized_here = "SPD_FAST_CUDA_ON_CPU" in os.environ
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -59,7 +59,7 @@ def module(tmp_path_factory, request):
     return cuda_module.load(cuda_module.link(tmp_path_factory.mktemp("cuda"), objects))
 
 
-@pytest.fixture(params=ORDERS if sanitized_here else ORDERS[-1:])
+@pytest.fixture(params=ORDERS[1:2] if sanitized_here else ORDERS[::2])
 def on_cpu(request, module, monkeypatch):
     """The CUDA backend takes CPU tensors."""
     monkeypatch.setenv("SPD_FAST_THREAD_ORDER", request.param)

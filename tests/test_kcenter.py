@@ -177,14 +177,13 @@ def test_bad_input_is_named():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.1e15, -1.1e15])
 @pytest.mark.parametrize("place", [(1, 0), (2999, 30), (1500, 32)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_bad_value_anywhere_is_found(value, place, threads):
+def test_a_bad_value_anywhere_is_found(value, place):
     """Where the sample that tells how far bytes have to reach does not see it, too."""
     points = torch.randn(3000, 33)
     points[place] = value
     for backend in ("native", "reference"):
         with pytest.raises(InputError, match=r"points must be finite and at most 1e\+15 in size"):
-            greedy_kcenter(points, 5, threads=threads, backend=backend)
+            greedy_kcenter(points, 5, backend=backend)
 
 
 def test_other_threads_run_during_a_selection():
@@ -201,7 +200,7 @@ def test_other_threads_run_during_a_selection():
         )
         thread.start()
         started.set()
-        native.greedy_kcenter(points, origin, 1e20, 1e15, picks, reports.append, 1)
+        native.greedy_kcenter(points, origin, 1e20, 1e15, picks, reports.append)
         finished.set()
         thread.join()
         return ran == [True]
@@ -221,7 +220,7 @@ def test_few_distances_are_computed(dim):
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(1000, dim, generator=generator)
     picks = torch.zeros(300, dtype=torch.int64)
-    arguments = (1e15, picks.numpy(), lambda done: None, 1)
+    arguments = (1e15, picks.numpy(), lambda done: None)
     origin = torch.zeros(dim).numpy()
     few = native.greedy_kcenter(points.numpy(), origin, 4.0, *arguments)
     expected = greedy_kcenter(points, 300, backend="reference")
@@ -291,45 +290,6 @@ def test_tiny_points_whether_or_not_denormals_are_flushed(name, flush):
         torch.set_flush_denormal(False)
 
 
-def points_for_threads(name: str) -> torch.Tensor:
-    """Enough for several parts. Of equally far points in different parts the lowest is picked."""
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(9000, 20, generator=generator)
-    if name == "ties everywhere":
-        points = torch.randint(0, 3, (9000, 4), generator=generator).float()
-    if name == "all the same":
-        points = torch.ones(9000, 3)
-    if name == "the farthest are last":
-        points *= torch.linspace(0.5, 1, 9000)[:, None]
-    if name == "the farthest are first":
-        points *= torch.linspace(1, 0.5, 9000)[:, None]
-    return points * 1e-20 if name == "squares are denormal" else points
-
-
-@pytest.mark.parametrize("threads", [2, 5])
-@pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "random",
-        "ties everywhere",
-        "all the same",
-        "the farthest are last",
-        "the farthest are first",
-        "squares are denormal",
-    ],
-)
-def test_picks_do_not_depend_on_threads(name, flush, threads):
-    points = points_for_threads(name)
-    greedy_kcenter(points, 1, threads=threads)  # starts threads before the mode is set
-    assert torch.set_flush_denormal(flush)
-    try:
-        one, more = (greedy_kcenter(points, 300, 8999, threads=t) for t in (1, threads))
-        assert torch.equal(one, more)
-    finally:
-        torch.set_flush_denormal(False)
-
-
 @pytest.mark.parametrize("dim", [65535, 65536])
 def test_as_many_coordinates_as_there_may_be(dim):
     points = torch.randn(12, dim, generator=torch.Generator().manual_seed(0))
@@ -369,5 +329,5 @@ def test_progress_is_reported_and_may_interrupt():
 
     origin, picks = torch.zeros(32), torch.zeros(1000, dtype=torch.int64)
     with pytest.raises(KeyboardInterrupt):
-        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, 1e15, picks.numpy(), report, 1)
+        native.greedy_kcenter(points.numpy(), origin.numpy(), 4.0, 1e15, picks.numpy(), report)
     assert len(reports) >= 3 and reports == sorted(reports) and reports[-1] < 1000

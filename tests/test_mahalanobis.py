@@ -284,6 +284,18 @@ def test_covariances_of_few_images_are_taken(seed):
     assert (w @ w.mT).diagonal(dim1=1, dim2=2).max() < 3 / 0.01  # 1 / the least eigenvalue
 
 
+@pytest.mark.parametrize("d", [96, 104, 121, 289])
+def test_factor_of_many_channels(d):
+    """One run of blocks of the inverse, or several, and the last panels by themselves."""
+    a = torch.randn(2, d, 2 * d, generator=torch.Generator().manual_seed(0)).double()
+    covariance = a @ a.mT / d
+    factor = pack((9 * covariance).float())
+    gaussian_factor(factor, d, 10, 0.01, backend="native")
+    lower = torch.linalg.cholesky(covariance + 0.01 * torch.eye(d))
+    identity = unpack(factor, d).double() @ lower
+    assert (identity - torch.eye(d)).abs().max() < 1e-5
+
+
 def test_bad_input_is_named():
     features, channels = gaussian_case("three layers")
     mean, factor = random_gaussians(64, len(channels))

@@ -13,7 +13,6 @@ from spd_fast.ops.backends import (
     not_on_cpu,
     reference_backend,
     select,
-    thread_count,
 )
 
 SAMPLE = 512  # points that tell where the bytes of csrc/bytes.h have to reach
@@ -25,7 +24,6 @@ def greedy_kcenter(
     start: int = 0,
     *,
     progress: bool = False,
-    threads: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Greedy k-center (Gonzalez 1985), PatchCore's coreset (Roth et al. 2022, section 3.2).
@@ -40,7 +38,6 @@ def greedy_kcenter(
         k: how many to pick, 1..N.
         start: index of the first pick.
         progress: show a progress bar.
-        threads: CPU threads; 0 = torch.get_num_threads().
         backend: "reference", "native" or "auto"; see `spd_fast.ops.backends`.
 
     Returns:
@@ -49,17 +46,12 @@ def greedy_kcenter(
     Raises:
         InputError: an argument has the wrong shape, dtype or range; the message names it.
     """
-    return torch.ops.spd_fast.greedy_kcenter(points, k, start, progress, threads, backend)
+    return torch.ops.spd_fast.greedy_kcenter(points, k, start, progress, backend)
 
 
 @torch.library.custom_op("spd_fast::greedy_kcenter", mutates_args=())
 def _greedy_kcenter(
-    points: Tensor,
-    k: int,
-    start: int = 0,
-    progress: bool = False,
-    threads: int = 0,
-    backend: str | None = None,
+    points: Tensor, k: int, start: int = 0, progress: bool = False, backend: str | None = None
 ) -> Tensor:
     check_shape("points", points)
     if not 1 <= k <= len(points):
@@ -68,11 +60,11 @@ def _greedy_kcenter(
         raise InputError(f"start must be 0..{len(points) - 1}, the index of a point; got {start}")
     chosen = select("greedy_kcenter", backend, points)
     with tqdm(total=k, desc="coreset", unit="point", delay=1, disable=not progress) as bar:
-        return chosen.function(points, k, start, lambda done: bar.update(done - bar.n), threads)
+        return chosen.function(points, k, start, lambda done: bar.update(done - bar.n))
 
 
 @_greedy_kcenter.register_fake
-def _(points, k, start=0, progress=False, threads=0, backend=None) -> Tensor:
+def _(points, k, start=0, progress=False, backend=None) -> Tensor:
     return points.new_empty(k, dtype=torch.int64)
 
 
@@ -119,20 +111,14 @@ def _reach_of_bytes(points: Tensor) -> tuple[Tensor, float]:
     return origin, max(float((inner - origin).abs().max()), 1e-30)
 
 
-def _kcenter_native(points, k, start, progress, threads) -> Tensor:
+def _kcenter_native(points, k, start, progress) -> Tensor:
     origin, reach = _reach_of_bytes(points)
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
     # Values are looked at where they are first read: reading all of them once more would be a tenth
     # of the time of a selection of few.
     computed = native.greedy_kcenter(
-        points.contiguous().numpy(),
-        origin.numpy(),
-        reach,
-        LARGEST,
-        picks.numpy(),
-        progress,
-        thread_count(threads),
+        points.contiguous().numpy(), origin.numpy(), reach, LARGEST, picks.numpy(), progress
     )
     if computed < 0:  # distances; here, a value that was refused
         check_values("points", points)
@@ -140,7 +126,7 @@ def _kcenter_native(points, k, start, progress, threads) -> Tensor:
     return picks
 
 
-def _kcenter_reference(points, k, start, progress, threads) -> Tensor:
+def _kcenter_reference(points, k, start, progress) -> Tensor:
     check_values("points", points)
     return reference.greedy_kcenter(points, k, start, progress)
 
