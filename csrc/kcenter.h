@@ -8,7 +8,7 @@ namespace spd {
 constexpr int kcenter_block = 16;
 constexpr int kcenter_largest_byte = 63;
 constexpr int kcenter_group = 128;  // points of which one bound is kept
-constexpr int kcenter_bytes = 32;   // a point's bytes are padded to a multiple of it
+constexpr int kcenter_bytes = 32;   // a point's bytes are padded, with q = 0, to a multiple
 
 // What is known of a point in bytes, see bytes.h.
 struct ByteInfo {
