@@ -10,6 +10,7 @@
 // and what only warps that take turns between barriers break.
 #pragma once
 
+#include <immintrin.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -333,15 +334,6 @@ inline uint32_t load_word(const uint32_t* from) {
     return allowed ? found : *from;
 }
 
-namespace on_cpu {
-inline float value_of_half(uint32_t h) {
-    const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    const float v =
-        exponent ? std::ldexp(1024.f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
-    return h >> 15 ? -v : v;
-}
-}  // namespace on_cpu
-
 inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     uint32_t brought[6][on_cpu::warp];
     for (int i = 0; i < 6; ++i) {
@@ -350,7 +342,7 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
     }
     // Each 32-bit word holds two neighbours along k, the low one first.
     const auto half = [&](int i, int lane, int k) {
-        return on_cpu::value_of_half(brought[i][lane] >> (k % 2 * 16) & 0xffff);
+        return _cvtsh_ss(uint16_t(brought[i][lane] >> (k % 2 * 16)));
     };
     const int lane = int(on_cpu::lane());
     for (int i = 0; i < 4; ++i) {
