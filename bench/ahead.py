@@ -43,7 +43,7 @@ class Compiled:
     @cached_property
     def instructions(self) -> list[str]:
         """Of the machine code, with their addresses."""
-        text = _run("nvdisasm", "-c", binary=self.binary)
+        text = _run("nvdisasm", "-c", "-ndf", binary=self.binary)
         return [
             line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)
         ]

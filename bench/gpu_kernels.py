@@ -86,10 +86,8 @@ def triton_usage(arch: int) -> list[Usage]:
             before = len(found)
             launch()
             for kernel in found[before:]:
-                spilled = kernel.count("STL", "LDL")
-                stack = max(kernel.resources["stack"], 4 * spilled)
                 name = f"{kernel.name}, {variant}"
-                used.append(Usage(name, arch, kernel.resources["registers"], stack, kernel.shared))
+                used.append(Usage(name, arch, **kernel.resources, shared=kernel.shared))
     return used
 
 
