@@ -15,7 +15,7 @@ demo: $(BIN)/.installed-demo
 test: $(BIN)/.installed-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	@echo "The Triton kernels, in their interpreter."
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/test_triton_*.py
 
 # On a machine with an NVIDIA GPU: what the tests could not show without one.
 gpu: $(BIN)/.installed-test $(BIN)/.installed-bench

@@ -9,9 +9,8 @@ os.environ["SPD_FAST_LOADER"] = "torch"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from pretrain_runs import write_images  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # sums of several are rounded in no fixed order, and wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +25,18 @@ def _keep_global_state():
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """Sums of several threads are rounded in no fixed order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def two_threads():
+    """For operations that divide their work among threads."""
+    torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A directory of small images to pre-train on; tests that change it copy it."""
+    from pretrain_runs import write_images  # imports much that tests of kernels need not wait for
+
     return write_images(tmp_path_factory.mktemp("data"))
 
 

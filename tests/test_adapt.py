@@ -56,7 +56,7 @@ def test_only_the_normal_training_images_are_read(visa, layout, tmp_path, monkey
     assert {path.resolve() for path in read} == {(visa / image).resolve() for image in train}
 
 
-def test_a_run_is_repeated_from_its_settings(visa, tmp_path, one_thread):
+def test_a_run_is_repeated_from_its_settings(visa, tmp_path):
     assert adapt(visa, tmp_path / "out", **TINY) == 0
     for name in ("board", "nut"):
         first, again = tmp_path / "out" / name, tmp_path / "again" / name

@@ -13,6 +13,8 @@ from spd_fast.ops.augment_views import _as_buffers, explain
 from spd_fast.ops.backends import native
 from spd_fast.views import COLUMN
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 IDENTITY = dict(mean=(0, 0, 0), std=(1, 1, 1))
 
 

@@ -208,7 +208,7 @@ def test_auto_takes_dali_once_its_operators_are_built(jpegs, monkeypatch, tmp_pa
         loader(jpegs)
 
 
-def test_pretraining_is_the_same_run(jpegs, one_thread, tmp_path):
+def test_pretraining_is_the_same_run(jpegs, tmp_path):
     """From the folder by threads, and from tar shards by DALI."""
     tars = write_tars(jpegs, tmp_path / "tars")
     root = os.path.commonpath(jpegs.paths)

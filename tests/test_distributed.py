@@ -125,10 +125,7 @@ SETTINGS = {
 @pytest.mark.parametrize("recipe", SETTINGS)
 def test_two_processes_train_what_one_trains(recipe, data, tmp_path):
     settings = {"recipe": recipe, "epochs": 1, **SETTINGS[recipe]}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert pretrain(config(data, tmp_path / "one", **settings)) == 0
-    torch.set_num_threads(threads)
     done = pretrain_in(2, data, tmp_path / "two", **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")

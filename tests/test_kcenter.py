@@ -15,6 +15,8 @@ from spd_fast.ops.bounds import coordinates, principal_axes, rounding
 from spd_fast.ops.kcenter import _reach_of_bytes
 from spd_fast.ops.nearest import BOUNDS, nearest_neighbors, prepare_bank
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # ------------------------------------------------------- reference against numpy, anomalib, sklearn
 
 

@@ -13,6 +13,8 @@ from spd_fast.ops.factor import converted
 from spd_fast.ops.mahalanobis import gaussian_factor, gaussian_update
 from spd_fast.reference import dequantize, pack, packed_index, packed_size, quantize, unpack
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def fit(features, channels, blocks, ridge=0.01, backend=None):
     """Mean and packed factor of images folded in block by block."""

@@ -23,6 +23,8 @@ from spd_fast.ops.factor import converted
 from spd_fast.padim import PRESETS, keep_channels
 from spd_fast.preprocess import displayed_image, prepare_image, prepare_mask
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 def photo_crops(n: int, preset: str, seed: int = 0) -> torch.Tensor:
     """(n, 3, size, size): shifted crops of one photograph, so that features have real structure."""

@@ -30,7 +30,6 @@ sys.path.insert(0, {tests!r})
 from pretrain_runs import config, signal_at
 from spd_fast.pretrain import SAVED, pretrain
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 torch.set_num_threads(1)
 with pytest.MonkeyPatch.context() as patch:
     signal_at(5, {number}, patch)
@@ -49,7 +48,7 @@ def interrupted_run(data, out, number: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(data, one_thread, tmp_path_factory) -> Path:
+def uninterrupted(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
     assert pretrain(config(data, out)) == 0
     return out

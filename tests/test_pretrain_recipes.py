@@ -20,8 +20,6 @@ from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.pretrain_config import PretrainConfig, read_config
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def two_classes(data, tmp_path_factory) -> Path:

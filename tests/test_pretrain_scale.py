@@ -21,8 +21,6 @@ from spd_fast.ops.augment_views import augment_views
 from spd_fast.pretrain import SAVED, pretrain
 from spd_fast.steplog import StepLog
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LABELS = torch.arange(8) % 3
 
 

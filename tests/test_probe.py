@@ -25,7 +25,6 @@ from spd_fast.models import load_backbone, read_checkpoint
 from spd_fast.pretrain import pretrain
 from spd_fast.probe import ProbeConfig, probe, read_probe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
