@@ -43,13 +43,14 @@ class Compiled:
     @cached_property
     def instructions(self) -> list[str]:
         """Of the machine code, with their addresses."""
+        # Without its analysis of data flow, which is slow and not shown.
         text = _run("nvdisasm", "-c", "-ndf", binary=self.binary)
         return [
             line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)
         ]
 
     def count(self, *names: str) -> int:
-        """Instructions of these names, such as "STL"."""
+        """Instructions of these names, such as "HMMA"."""
         pattern = re.compile(rf"\b({'|'.join(names)})\b")
         return sum(bool(pattern.search(line)) for line in self.instructions)
 

@@ -65,7 +65,8 @@ class Instruction(NamedTuple):
 
 def kernels_of(binary: Path) -> dict[str, list[Instruction]]:
     """By (mangled) name. The binary must have been compiled with line numbers."""
-    command = [str(TOOLS / "nvdisasm"), "-c", "-gi", "-ndf", str(binary)]  # faster, the same
+    # Without its analysis of data flow, which is slow and not shown.
+    command = [str(TOOLS / "nvdisasm"), "-c", "-gi", "-ndf", str(binary)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, list[Instruction]] = {}
     labels: list[str] = []

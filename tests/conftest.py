@@ -1,6 +1,9 @@
 import os
 from importlib.util import find_spec
 
+# Several threads round sums in no fixed order, and those of two workers wait for each other.
+# Inherited by processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Idle OpenMP threads spin for a while; on a busy machine that makes the tests ten times as slow.
 # Read when torch loads the library.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -9,8 +12,6 @@ os.environ["SPD_FAST_LOADER"] = "torch"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-torch.set_num_threads(1)  # sums of several are rounded in no fixed order, and wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +55,14 @@ def pytest_collection_modifyitems(items):
     if not gpu:
         reasons["cuda"] = "no NVIDIA GPU"
     if not interpreted:  # Triton cannot do both in one process
-        reasons["interpreted"] = "a process of its own: TRITON_INTERPRET=1 pytest -m triton"
+        reasons["interpreted"] = "a process of its own: see `make test`"
     if not gpu and not interpreted:
         reasons["triton"] = reasons["interpreted"]
     if find_spec("triton") is None and os.environ.get("SPD_FAST_REQUIRE_CUDA") != "1":
         reasons["triton"] = "triton is not installed"
     for item in items:
+        if item.get_closest_marker("triton") and not item.path.name.startswith("test_triton_"):
+            raise pytest.UsageError(f"{item.nodeid}: `make test` looks in tests/test_triton_*.py")
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))

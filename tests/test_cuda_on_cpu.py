@@ -292,28 +292,31 @@ def with_fault(modules_with_faults, monkeypatch):
     return lambda *fault: take(cuda_module.load(modules_with_faults[fault].result()), monkeypatch)
 
 
-def worst_errors(monkeypatch):
-    """Of distances and of views, for one thread order after the other."""
+@cache
+def faults_case():
+    """Arguments of a map and of views that every fault spoils, and what is right."""
     features, channels = gaussian_case("three layers")
-    mean, factor = random_gaussians(64, 20)
-    distances = reference.mahalanobis_map(features, channels, mean, factor)
+    gaussians = features, channels, *random_gaussians(64, 20)
     images, params, _ = view_case("odd view")
     params = every_operation_on(params, 8)
     size = 104, 56  # a blur's radius of 5: the second tile's columns lie where the first's did
-    exact = exact_views(images, params, size)
+    views = images, params, size
+    return gaussians, reference.mahalanobis_map(*gaussians), views, exact_views(*views)
+
+
+def errors_by_order(monkeypatch):
+    """Of distances and of views, for one thread order after the other."""
+    gaussians, distances, views, exact = faults_case()
     for order in ORDERS:
         monkeypatch.setenv("SPD_FAST_THREAD_ORDER", order)
-        for error in (
-            cuda_map(features, channels, mean, factor) - distances,
-            cuda_views(images, params, size) - exact,
-        ):
+        for error in (cuda_map(*gaussians) - distances, cuda_views(*views) - exact):
             yield float(error.abs().nan_to_num(torch.inf).max())
 
 
 @whole
 def test_no_fault_no_error(module, monkeypatch):
     take(module, monkeypatch)
-    assert max(worst_errors(monkeypatch)) < 1e-3
+    assert max(errors_by_order(monkeypatch)) < 1e-3
 
 
 WRONG_RESULTS = (
@@ -345,7 +348,7 @@ WRONG_RESULTS = (
 @pytest.mark.parametrize("old, new", WRONG_RESULTS)
 def test_a_wrong_result_is_found(old, new, with_fault, monkeypatch):
     with_fault(old, new)
-    assert any(error > 1.5e-3 for error in worst_errors(monkeypatch))
+    assert any(error > 1.5e-3 for error in errors_by_order(monkeypatch))
 
 
 MISSED = (
@@ -365,7 +368,7 @@ MISSED = (
 def test_threads_that_miss_each_other_are_found(old, new, message, with_fault, monkeypatch):
     with_fault(old, new)
     with pytest.raises(RuntimeError, match=message):
-        list(worst_errors(monkeypatch))
+        list(errors_by_order(monkeypatch))
 
 
 MAPS = "map_equals_reference and dtype0"

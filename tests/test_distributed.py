@@ -1,7 +1,6 @@
 """Processes of `torchrun` on the CPU: they train what one trains, and survive a killed one."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,14 +20,10 @@ TESTS = str(Path(__file__).parent)
 
 def torchrun(code: str, ranks: int = 2, *options: str) -> subprocess.CompletedProcess:
     """Run Python code in `ranks` processes."""
-    program = f"import sys; sys.path.insert(0, {TESTS!r}); import torch; torch.set_num_threads(1)\n"
+    program = f"import sys; sys.path.insert(0, {TESTS!r}); import torch\n"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", *options, "--no-python", sys.executable, "-c"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, program + code], capture_output=True, text=True, env=environment, timeout=300
-    )
-    return done
+    return subprocess.run([*command, program + code], capture_output=True, text=True, timeout=300)
 
 
 def check(code: str, ranks: int = 2) -> None:

@@ -19,6 +19,7 @@ if interpreted():
 import ahead  # noqa: E402
 import gpu_kernels  # noqa: E402
 from gpu_kernels import Usage  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BUDGET = yaml.safe_load((ROOT / "bench/gpu_budget.yaml").read_text())
@@ -95,6 +96,19 @@ def test_too_much_is_found():
     assert "stack 8, at most 0" in over_budget(Usage(entry, 90, 96, 8, 0))[0]
     assert "shared 9999" in over_budget(Usage(entry, 90, 96, 0, 9999))[0]
     assert "no entry" in over_budget(Usage("another", 90, 1, 0, 0))[0]
+
+
+def test_spilled_registers_of_triton_are_found(monkeypatch):
+    launch = JITFunction.run
+
+    def with_few_registers(self, *arguments, **options):
+        return launch(self, *arguments, maxnreg=24, **options)
+
+    monkeypatch.setattr(JITFunction, "run", with_few_registers)
+    with ahead.compiled_for(90) as found:
+        gpu_kernels.launch_distances("float32", 32, False)
+    assert [kernel.resources["stack"] > 0 for kernel in found] == [True, True]
+    assert [kernel.count("STL") > 0 for kernel in found] == [True, True]
 
 
 @pytest.mark.skipif(which("nvcc") is None, reason="no nvcc")

@@ -16,17 +16,17 @@ from spd_fast.reference import dequantize, pack, packed_index, packed_size, quan
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 
-def fit(features, channels, blocks, ridge=0.01, backend=None):
+def fit(features, channels, blocks, ridge=0.01, **options):
     """Mean and packed factor of images folded in block by block."""
     positions, d = features[0][0, 0].numel(), len(channels)
     mean, scatter = torch.zeros(positions, d), torch.zeros(positions, packed_size(d))
     count = 0
     for start in range(0, len(features[0]), blocks):
         block = [f[start : start + blocks] for f in features]
-        gaussian_update(block, channels, count, mean, scatter, backend=backend)
+        gaussian_update(block, channels, count, mean, scatter, **options)
         count += len(block[0])
     covariance = scatter.clone()
-    gaussian_factor(covariance, d, count, ridge, backend=backend)
+    gaussian_factor(covariance, d, count, ridge, **options)
     return mean, scatter, covariance
 
 
@@ -237,10 +237,22 @@ def test_memory_order_of_features_does_not_matter():
     assert torch.equal(mahalanobis_map(channels_last, channels, mean, factor), expected)
     sliced = [torch.stack([f, f], 2)[:, :, 0] for f in features]
     assert torch.equal(mahalanobis_map(sliced, channels, mean, factor), expected)
-    for threads in (1, 3):
-        assert torch.equal(
-            mahalanobis_map(features, channels, mean, factor, threads=threads), expected
-        )
+
+
+def test_threads_do_not_matter():
+    """More positions than one of them takes at a time."""
+    features = [torch.randn(6, 16, 13, 15), torch.randn(6, 20, 7, 8)]
+    channels = torch.arange(0, 36, 2)
+    gaussians = fit(features, channels, 5, threads=1)
+    mean, _, factor = gaussians
+    expected = mahalanobis_map(features, channels, mean, factor, threads=1)
+    plain = mahalanobis_map(features, channels, mean, factor, backend="reference")
+    torch.testing.assert_close(expected, plain, rtol=1e-4, atol=0)
+    for threads in (2, 3, 7):
+        again = fit(features, channels, 5, threads=threads)
+        assert all(torch.equal(a, b) for a, b in zip(again, gaussians))
+        found = mahalanobis_map(features, channels, mean, factor, threads=threads)
+        assert torch.equal(found, expected)
 
 
 # ------------------------------------------------------------------------------- schema and errors

@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import os
 import subprocess
 import sys
 from functools import partial
@@ -259,7 +258,6 @@ def test_a_fit_spread_over_ranks_equals_one_fit(tmp_path):
             *("--master-port=0", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
             *(str(tmp_path / "rank.py"), str(tmp_path / "train.pt"), str(tmp_path)),
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -25,12 +25,11 @@ from spd_fast.pretrain_config import read_config, resolved
 
 CHILD = """
 import os, sys
-import pytest, torch
+import pytest
 sys.path.insert(0, {tests!r})
 from pretrain_runs import config, signal_at
 from spd_fast.pretrain import SAVED, pretrain
 
-torch.set_num_threads(1)
 with pytest.MonkeyPatch.context() as patch:
     signal_at(5, {number}, patch)
     sys.exit(pretrain(config({data!r}, {out!r})))
