@@ -8,8 +8,8 @@ Every part checks that the results agree before it times them. Peers run in turn
 process, except where memory is measured: there every contender is a process of its own.
 
 Ours starts from the three layers of the network and gathers its channels; anomalib is given its
-embedding, which it has to concatenate and select first. "of read" and "of flops" are shares of what
-torch's sum and matrix product reach in the same run, the sum in turn with ours.
+embedding, which it has to concatenate and select first. "of read", of the factor alone, and "of
+flops" are shares of what torch's sum and matrix product reach in turn with ours.
 """
 
 import argparse
@@ -39,27 +39,36 @@ LAYERS = {100: (64, 128, 256), 550: (256, 512, 1024)}  # channels: ResNet-18, (W
 
 
 @cache
-def large() -> torch.Tensor:
-    return on_huge_pages(torch.empty(1 << 27)).fill_(1)
+def reading() -> tuple[Callable, int]:
+    """Something that reads memory like a factor's, and the bytes."""
+    large = on_huge_pages(torch.empty(1 << 27)).fill_(1)
+    return large.sum, large.nbytes
 
 
-def read_beside(job: Callable, size: int, rounds: int = 15) -> tuple[float, list[float]]:
-    """How fast a job reads `size` bytes, as a share of what torch's sum reaches of memory like a
-    factor's; and the latter in bytes / s. On a shared machine that changes by the second, so both
-    run in turn, and the share is the median over rounds of the job between two sums."""
+@cache
+def multiplying() -> tuple[Callable, int]:
+    """Something that multiplies and adds, and how often."""
+    square = torch.randn(1024, 1024)
+    return lambda: square @ square, 2 * len(square) ** 3
 
-    def rate(run: Callable, read: int) -> float:
+
+def share(job: Callable, amount: int, limit: tuple[Callable, int]) -> tuple[float, list[float]]:
+    """How fast a job gets through an amount, as a share of how fast the limit does; and the speeds
+    of that. On a shared machine they change by the second, so both run in turn, and the share is
+    the median over rounds of the job between two runs of the limit."""
+
+    def speed(job: Callable, amount: int) -> float:
         start = time.perf_counter()
-        run()
-        return read / (time.perf_counter() - start)
+        job()
+        return amount / (time.perf_counter() - start)
 
-    rates = [rate(large().sum, large().nbytes)]
+    speeds = [speed(*limit)]
     shares = []
-    for _ in range(rounds):
-        of_job = rate(job, size)
-        rates.append(rate(large().sum, large().nbytes))
-        shares.append(2 * of_job / (rates[-2] + rates[-1]))
-    return statistics.median(shares), rates
+    for _ in range(15):
+        of_job = speed(job, amount)
+        speeds.append(speed(*limit))
+        shares.append(2 * of_job / (speeds[-2] + speeds[-1]))
+    return statistics.median(shares), speeds
 
 
 def random_layers(d: int, images: int, grid: int = GRID, seed: int = 0) -> list[torch.Tensor]:
@@ -105,17 +114,16 @@ def table_of_scores(d: int, batches: list[int]) -> None:
     tolerances = {"float32": 1e-4, "float16": 1e-3, "int8": 1e-2}
     factors = {name: converted(factor, d, getattr(torch, name)) for name in tolerances}
     generator = AnomalyMapGenerator()
-    peak = multiply_add_peak()
-    print(f"\nd = {d}, {GRID} x {GRID} positions; multiply-add {peak / 1e9:.0f} GFLOP/s")
+    print(f"\nd = {d}, {GRID} x {GRID} positions")
     print(f"{'':<20}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}{'of read':>9}", end="")
     print(f"{'of flops':>9}{'difference':>12}")
-    bandwidths = []
+    bandwidths, peaks = [], []
     for batch in batches:
         layers = random_layers(d, batch, seed=1)
         embedding = reference.embed(layers, channels).contiguous()
-        statistics = [mean.T.contiguous(), inverse]
-        expected = generator.compute_distance(embedding, statistics)[:, 0]
-        theirs = best(lambda e=embedding, s=statistics: generator.compute_distance(e, s))
+        gaussians = [mean.T.contiguous(), inverse]
+        expected = generator.compute_distance(embedding, gaussians)[:, 0]
+        theirs = best(lambda e=embedding, g=gaussians: generator.compute_distance(e, g))
         for name, w in factors.items():
             ours = mahalanobis_map(layers, channels, mean, w)
             difference = ((ours - expected).abs() / expected).max().item()
@@ -125,14 +133,17 @@ def table_of_scores(d: int, batches: list[int]) -> None:
                 return mahalanobis_map(x, channels, mean, w)
 
             spent = best(score)
-            read, rates = read_beside(score, w.nbytes)
-            bandwidths += rates
-            flops = 2 * factor.numel() * batch / spent / peak
+            read, speeds = share(score, w.nbytes, reading())
+            bandwidths += speeds
+            flops, speeds = share(score, 2 * factor.numel() * batch, multiplying())
+            peaks += speeds
             print(
                 f"batch {batch:<3}{name:<11}{1e3 * theirs:>12.1f}{1e3 * spent:>9.1f}"
                 f"{theirs / spent:>7.1f}{read:>9.0%}{flops:>9.0%}{difference:>12.0e}"
             )
-    print(f"torch's sum read {min(bandwidths) / 1e9:.0f} to {max(bandwidths) / 1e9:.0f} GB/s")
+    for what, speeds in (("sum read, GB/s", bandwidths), ("product, GFLOP/s", peaks)):
+        low, *_, high = statistics.quantiles(speeds, n=20)
+        print(f"torch's {what}: {low / 1e9:.0f} to {high / 1e9:.0f}, nine times of ten")
 
 
 def lines_of_fit(d: int, grid: int) -> None:

@@ -37,7 +37,7 @@ static void cuda_mahalanobis_map(const std::vector<LayerTuple>& layers, uint64_t
     GpuMahalanobisArgs args{};
     for (const auto& [address, size, stride] : layers) {
         Layer& layer = args.layer[args.layers++];
-        layer = {at<const float>(address), size[0], size[1], size[2], {}, nullptr, nullptr};
+        layer = {at<const float>(address), size[0], size[1], size[2], {}, nullptr, nullptr, 0};
         std::copy(stride.begin(), stride.end(), layer.stride);
     }
     args.channels = at<const int64_t>(channels);

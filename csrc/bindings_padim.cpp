@@ -9,7 +9,7 @@ namespace spd {
 // Owns what `Features` points to.
 struct FeatureList {
     std::vector<Layer> layers;
-    std::vector<int32_t> layer;
+    std::vector<int32_t> layer, end;
     std::vector<int64_t> channel;
     std::vector<int64_t> places;  // of the rows and columns of all layers
     Features features{};
@@ -28,7 +28,8 @@ struct FeatureList {
                     int(map.shape(3)),
                     {},
                     nullptr,
-                    nullptr};
+                    nullptr,
+                    1};
             element_strides(map, l.stride);
             layers.push_back(l);
             first_channel.push_back(first_channel.back() + map.shape(1));
@@ -42,9 +43,12 @@ struct FeatureList {
             channel.push_back((kept[k] - first_channel[layer.back()]) *
                               layers[layer.back()].stride[1]);
         }
+        end.resize(layer.size());
+        for (size_t k = layer.size(); k-- > 0;)
+            end[k] = k + 1 < layer.size() && layer[k + 1] == layer[k] ? end[k + 1] : int32_t(k + 1);
         const int height = layers[0].height, width = layers[0].width;
-        features = {layers.data(), layer.data(), channel.data(), int(channels.size()),
-                    int(batch),    height,       width};
+        features = {layers.data(),        layer.data(), end.data(), channel.data(),
+                    int(channels.size()), int(batch),   height,     width};
         places.resize(layers.size() * (height + width));
         int64_t* next = places.data();
         const auto nearest = [&](int of_grid, int of_layer, int64_t stride) {
@@ -55,6 +59,7 @@ struct FeatureList {
         for (Layer& l : layers) {
             l.row = nearest(height, l.height, l.stride[2]);
             l.column = nearest(width, l.width, l.stride[3]);
+            l.cell = std::max(width / l.width, 1);
         }
     }
     FeatureList(const FeatureList&) = delete;  // a copy's pointers would be the original's
@@ -89,7 +94,8 @@ static void mahalanobis_map(const std::vector<py::array>& maps, const py::array&
         true);
     py::gil_scoped_release release;
     std::atomic<bool> out_of_memory{false};
-    parallel_for(positions, 4 * planar_positions, threads, [&](int64_t begin, int64_t end) {
+    const int64_t tiles = int64_t(tiles_down(list.features)) * tiles_across(list.features);
+    parallel_for(tiles, 1, threads, [&](int64_t begin, int64_t end) {
         if (!kernels->mahalanobis(args, begin, end)) out_of_memory = true;
     });
     if (out_of_memory) throw std::bad_alloc();

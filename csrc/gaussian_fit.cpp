@@ -278,7 +278,7 @@ bool update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end
     memset(x, 0, block * position_stride * sizeof(float));
     for (int64_t p0 = begin; p0 < end; p0 += block) {
         const int count = int(min2<int64_t>(block, end - p0));
-        gather<half, block>(f, p0, count, false, [&](int g, int k, int j, const float* values) {
+        gather<half, block>(f, p0, count, -1, [&](int g, int k, int j, const float* values) {
             float* d = x + j * position_stride + g * half * stride + k;
             for (int b = 0; b < half; ++b) d[b * stride] = values[b];
         });

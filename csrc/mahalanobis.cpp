@@ -21,53 +21,59 @@ inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int firs
     }
 }
 
-// What rows of a panel times x are, given `sum` over its columns; `own(i)` is x at its row i.
-template <class T, class Own>
-inline Rows product(const T* panel, Rows sum, const Own& own) {
+// What the rows of a panel times x are, given `sum` over its columns and x at the rows themselves.
+template <class T>
+inline Rows product(const T* panel, Rows sum, Rows own) {
     if constexpr (sizeof(T) > 1) return sum;
     const float* row = reinterpret_cast<const float*>(panel) - 16;  // see quantized_size
-    Rows x;
-    for (int i = 0; i < 8; ++i) x[i] = own(i);
-    return sum * load_rows(row) + load_rows(row + 8) * x;
+    return sum * load_rows(row) + load_rows(row + 8) * own;
 }
 
 // total[b] += squares of rows r .. r + R - 1 of panels of W x, for the four images of quad q; x is
-// (8 * panels, 4). Meanwhile what follows comes from memory, of which every quad asks for its
-// share: into the second cache, as the first has too few places for lines that are on their way.
-// The next R panels are longer than these; asking for R + 1 as long covers them, and some of what
-// comes then.
+// (8 * panels, 4). Meanwhile the next R panels come from memory: into the second cache, as the
+// first has too few places for lines that are on their way. Each panel is a stream of its own,
+// which the processor foresees; every quad asks for a stretch of all of them, 8 columns at a time.
 template <int R, class T>
 inline void add_squares(const T* factor, int r, const float* x, Rows* total, int q, int quads) {
-    const T* panel[R];
-    for (int i = 0; i < R; ++i) panel[i] = panel_of(factor, r + i);
-    const T* next = panel_of(factor, r + R);
+    const T *panel[R], *next[R];
+    for (int i = 0; i < R; ++i) {
+        panel[i] = panel_of(factor, r + i);
+        next[i] = panel_of(factor, r + R + i);
+    }
+    const int steps = r + R;  // of 8 columns, as long as the last of these panels
+    int asked = 64 * q * ((steps + quads - 1) / quads), wait = 0;
     // Inlined by force: GCC may leave out calls of a function that only fetches.
-    const auto ask = [&](int k) __attribute__((always_inline)) {
-        constexpr int line = 64 / sizeof(T), ahead = R + 1;
-        for (int i = q; i < ahead * 64 / line; i += quads)
-            __builtin_prefetch(next + ahead * 8 * k + i * line, 0, 2);
+    const auto ask = [&]() __attribute__((always_inline)) {
+        if (wait-- > 0) return;
+        wait = quads - 1;
+        for (int i = 0; i < R; ++i)
+            for (int k = 0; k < 64; k += 64 / int(sizeof(T)))
+                __builtin_prefetch(next[i] + asked + k, 0, 2);
+        asked += 64;
     };
     Rows y[R][quad] = {};
     const int columns = 8 * (r + 1);  // of the first; every other has 8 more
     for (int k = 0; k < columns; k += 8) {
-        ask(k);
+        ask();
         add_columns<0>(y, panel, k, x);
     }
     if constexpr (R > 1) {
-        ask(columns);
+        ask();
         add_columns<1>(y, panel, columns, x);
     }
     if constexpr (R > 2) {
-        ask(columns + 8);
+        ask();
         add_columns<2>(y, panel, columns + 8, x);
     }
     static_assert(R <= 3);
-    for (int b = 0; b < quad; ++b)
-        for (int i = 0; i < R; ++i) {
-            const float* own = x + quad * 8 * (r + i) + b;
-            const Rows v = product(panel[i], y[i][b], [&](int k) { return own[quad * k]; });
+    for (int i = 0; i < R; ++i) {
+        Rows own[quad] = {};
+        if (sizeof(T) == 1) load_columns(x + quad * 8 * (r + i), own);
+        for (int b = 0; b < quad; ++b) {
+            const Rows v = product(panel[i], y[i][b], own[b]);
             total[b] += v * v;
         }
+    }
 }
 
 float sum_of(Rows v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
@@ -88,25 +94,34 @@ void squared_norms(const T* factor, int panel_count, const float* x, size_t quad
     for (int b = 0; b < quad * quads; ++b) out[b] = sum_of(total[b]);
 }
 
-// One image has only one dot product per row to run: four partial sums hide the latency of the add.
-// All it does is read the factor once, which is asked for 8 KiB ahead.
+// One image is scored at the two positions of a column of a tile at a time, which lie `apart` in
+// the factor and `x_apart` in x: a processor reads two long streams faster than one. What is
+// narrower than a float takes more instructions a byte, so that fewer bytes are on their way at
+// once; there a KiB ahead is asked for, not so much as to get in the way of what the processor
+// foresees.
 template <class T>
-float squared_norm(const T* factor, int panel_count, const float* x) {
-    constexpr int ahead = 8192 / sizeof(T);
-    Rows total = {};
+void squared_norm(const T* factor, size_t apart, int panel_count, const float* x, size_t x_apart,
+                  float* out) {
+    constexpr int ahead = 1024 / sizeof(T), line = 64 / sizeof(T);
+    Rows total[tile_rows] = {};
     for (int r = 0; r < panel_count; ++r) {
         const T* panel = panel_of(factor, r);
-        Rows y[4] = {};
-        for (int k = 0; k < 8 * (r + 1); k += 8) {
-            for (int i = 0; i < 64; i += 64 / int(sizeof(T)))
-                __builtin_prefetch(panel + 8 * k + ahead + i);
-            for (int i = 0; i < 8; ++i) y[i % 4] += load_rows(panel + 8 * (k + i)) * x[k + i];
+        Rows y[tile_rows][2] = {};  // two partial sums hide the latency of the add
+        for (int k = 0; k < 8 * (r + 1); k += 8)
+            for (int s = 0; s < tile_rows; ++s) {
+                const T* columns = panel + s * apart + 8 * k;
+                for (int i = 0; i < 64 && sizeof(T) < 4; i += line)
+                    __builtin_prefetch(columns + ahead + i);
+                for (int i = 0; i < 8; ++i)
+                    y[s][i % 2] += load_rows(columns + 8 * i) * x[s * x_apart + k + i];
+            }
+        for (int s = 0; s < tile_rows; ++s) {
+            const Rows v =
+                product(panel + s * apart, y[s][0] + y[s][1], load_rows(x + s * x_apart + 8 * r));
+            total[s] += v * v;
         }
-        const Rows v =
-            product(panel, (y[0] + y[1]) + (y[2] + y[3]), [&](int k) { return x[8 * r + k]; });
-        total += v * v;
     }
-    return sum_of(total);
+    for (int s = 0; s < tile_rows; ++s) out[s] = sum_of(total[s]);
 }
 
 template <int group>
@@ -123,63 +138,88 @@ inline void subtract_mean(const float* x, const float* mean, int d, float* delta
     }
 }
 
-// For `group` images at a time, 1 or a quad, and `block` positions.
-template <int group, int block>
-bool score_positions(const MahalanobisArgs& args, int64_t begin, int64_t end) {
+// For `group` images at a time, 1 or a quad, gathering from `block` positions of a row at a time.
+template <int group, int block, class T>
+bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int first_column) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
-    const int64_t positions = int64_t(f.grid_height) * f.grid_width;
-    const int panel_count = panels(f.d);
-    const int groups = (f.batch + group - 1) / group;
-    const size_t group_size = 8 * size_t(panel_count) * group;
+    const int64_t width = f.grid_width, positions = f.grid_height * width;
+    const int rows = min2(tile_rows, f.grid_height - first_row);
+    const int end = min2(first_column + tile_columns, f.grid_width);
+    const int panel_count = panels(f.d), groups = (f.batch + group - 1) / group;
+    const size_t images = size_t(groups) * group, group_size = 8 * size_t(panel_count) * group;
+    const size_t factor_size = sizeof(T) == 1 ? quantized_size(f.d) : packed_size(f.d);
     // 16 floats more between positions: a power-of-two stride would fall into one cache set.
-    const size_t position_stride = groups * group_size + 16;
-    const size_t images = size_t(groups) * group;
-    Pieces pieces = scratch.reserve((block + 1) * position_stride + 9 * images + 4 * 16);
+    const size_t stride = groups * group_size + 16;
+    // One position at a time goes to one place, where values may stand for the next.
+    constexpr int blocks = block > 1 ? tile_rows : 1;
+    Pieces pieces = scratch.reserve((blocks * block + tile_rows) * stride + 9 * images + 5 * 16);
     if (!pieces.next) return false;
-    float* x = pieces.take(block * position_stride);
-    float* delta = pieces.take(position_stride);
+    float* x = pieces.take(blocks * block * stride);
+    float* delta = pieces.take(tile_rows * stride);
     Rows* total = reinterpret_cast<Rows*>(pieces.take(8 * images));
-    float* squared = pieces.take(images);
-    memset(delta, 0, position_stride * sizeof(float));  // rows past d
-    for (int64_t p0 = begin; p0 < end; p0 += block) {
-        const int count = int(min2<int64_t>(block, end - p0));
-        gather<group, block>(f, p0, count, p0 > begin, [&](int g, int k, int j, const float* v) {
-            // One store of them all: a load could not be served from four small ones.
-            memcpy(x + j * position_stride + g * group_size + k * group, v, 4 * group);
-        });
-        for (int64_t p = p0; p < p0 + count; ++p) {
-            for (int g = 0; g < groups; ++g)
-                subtract_mean<group>(x + (p - p0) * position_stride + g * group_size,
-                                     args.mean + p * f.d, f.d, delta + g * group_size);
-            const auto norms = [&](auto* factor) {
-                factor += p * (sizeof *factor == 1 ? quantized_size(f.d) : packed_size(f.d));
-                if (group == 1)
-                    squared[0] = squared_norm(factor, panel_count, delta);
-                else
-                    squared_norms(factor, panel_count, delta, group_size, groups, total, squared);
-            };
-            if (args.factor_type == FactorType::float16)
-                norms(static_cast<const uint16_t*>(args.factor));
-            else if (args.factor_type == FactorType::int8)
-                norms(static_cast<const int8_t*>(args.factor));
-            else
-                norms(static_cast<const float*>(args.factor));
-            for (int b = 0; b < f.batch; ++b) args.out[b * positions + p] = sqrtf(squared[b]);
+    float* squared = pieces.take(max2<size_t>(images, tile_rows));
+    memset(delta, 0, tile_rows * stride * sizeof(float));  // rows past d
+    const auto subtract = [&](const float* from, int64_t p, int row) {
+        for (int g = 0; g < groups; ++g)
+            subtract_mean<group>(from + g * group_size, args.mean + p * f.d, f.d,
+                                 delta + row * stride + g * group_size);
+    };
+    int64_t before = -1;
+    for (int column = first_column; column < end; column += block) {
+        const int64_t first = first_row * width + column;
+        const int count = min2(block, end - column);
+        for (int row = 0; row < rows; ++row) {
+            const int64_t p = first + row * width;
+            float* to = x + row % blocks * block * stride;
+            gather<group, block>(f, p, count, before, [&](int g, int k, int j, const float* v) {
+                // One store of them all: a load could not be served from four small ones.
+                memcpy(to + j * stride + g * group_size + k * group, v, 4 * group);
+            });
+            before = p;
+            if (block == 1) subtract(to, p, row);
+        }
+        for (int64_t p = first; p < first + count; ++p) {
+            for (int row = 0; row < rows && block > 1; ++row)
+                subtract(x + (row * block + p - first) * stride, p + row * width, row);
+            if (group == 1)  // a single row is scored twice
+                squared_norm(factor + p * factor_size, (rows - 1) * width * factor_size,
+                             panel_count, delta, (rows - 1) * stride, squared);
+            for (int row = 0; row < rows; ++row) {
+                const int64_t here = p + row * width;
+                if (group > 1)
+                    squared_norms(factor + here * factor_size, panel_count, delta + row * stride,
+                                  group_size, groups, total, squared);
+                for (int b = 0; b < f.batch; ++b)
+                    args.out[b * positions + here] = sqrtf(squared[group > 1 ? b : row]);
+            }
         }
     }
+    return true;
+}
+
+template <class T>
+bool score_tiles(const MahalanobisArgs& args, int64_t begin, int64_t end) {
+    const Features& f = args.features;
+    const bool single = f.batch == 1;
+    const auto score =
+        channels_are_last(f)
+            ? (single ? score_tile<1, 1, T> : score_tile<quad, 1, T>)
+            : (single ? score_tile<1, planar_positions, T> : score_tile<quad, planar_positions, T>);
+    const int across = tiles_across(f);
+    for (int64_t t = begin; t < end; ++t)
+        if (!score(args, static_cast<const T*>(args.factor), int(t / across) * tile_rows,
+                   int(t % across) * tile_columns))
+            return false;
     return true;
 }
 
 }  // namespace
 
 bool mahalanobis(const MahalanobisArgs& args, int64_t begin, int64_t end) {
-    const bool single = args.features.batch == 1;
-    if (channels_are_last(args.features))
-        return single ? score_positions<1, 1>(args, begin, end)
-                      : score_positions<quad, 1>(args, begin, end);
-    return single ? score_positions<1, planar_positions>(args, begin, end)
-                  : score_positions<quad, planar_positions>(args, begin, end);
+    if (args.factor_type == FactorType::float16) return score_tiles<uint16_t>(args, begin, end);
+    if (args.factor_type == FactorType::int8) return score_tiles<int8_t>(args, begin, end);
+    return score_tiles<float>(args, begin, end);
 }
 
 }  // namespace SPD_ISA

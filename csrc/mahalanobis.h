@@ -33,12 +33,14 @@ struct Layer {
     int channels, height, width;
     int64_t stride[4];            // in elements
     const int64_t *row, *column;  // where what a row and a column of the grid read begins
+    int cell;                     // about how many columns of the grid read the same
 };
 
 // The kept channels of all layers on the first layer's grid, by nearest neighbour.
 struct Features {
     const Layer* layers;
     const int32_t* layer;    // (d,): which layer a kept channel is in
+    const int32_t* end;      // (d,): the next kept channel that is not in that layer
     const int64_t* channel;  // (d,): and where its elements begin there
     int d, batch;
     int grid_height, grid_width;
@@ -58,7 +60,7 @@ struct MahalanobisArgs {
 constexpr int most_layers = 4, most_images = 4;
 constexpr int most_channels = 3000;  // whose values fit into 47 KB, for 4 images
 struct GpuMahalanobisArgs {
-    Layer layer[most_layers];  // without row and column
+    Layer layer[most_layers];  // without row, column and cell
     int layers;
     const int64_t* channels;  // (d,) in the concatenation of the layers; one out of range reads 0
     int d, batch;
@@ -85,7 +87,16 @@ struct GaussianFactorArgs {
     float ridge;
 };
 
-// Positions begin..end of the grid; positions are independent of each other. False: out of memory.
+// A map is scored in tiles of the grid, counted row by row: two rows high, as the deeper layers
+// have cells in common there. The others take positions begin..end. All are independent of each
+// other. False: out of memory.
+constexpr int tile_rows = 2, tile_columns = 32;
+static inline int tiles_across(const Features& f) {
+    return (f.grid_width + tile_columns - 1) / tile_columns;
+}
+static inline int tiles_down(const Features& f) {
+    return (f.grid_height + tile_rows - 1) / tile_rows;
+}
 // gaussian_factor returns the first position whose covariance is not positive definite, or one of
 // these.
 constexpr int64_t all_positive = -1, no_memory = -2;
@@ -104,28 +115,32 @@ static inline bool channels_are_last(const Features& f) { return f.layers[0].str
 
 // Calls put(g, k, j, values) with channel k at position begin + j of the `group` images from number
 // g * group on; past the last image its values stand again. count <= block. With one position at a
-// time, a layer is left out where position begin - 1 read the same cell of it and what was put then
-// still `stands`; and the cells of the next position are asked for, as the images lie too far apart
-// for the processor to foresee them.
+// time, a layer is left out where position `before` (or -1) read the same cell of it: what was put
+// then still stands. And the next cells of the row are asked for, a part at each position that
+// reads the one before them, as the images lie too far apart for the processor to foresee them.
 template <int group, int block, class Put>
-static inline void gather(const Features& f, int64_t begin, int count, bool stands,
+static inline void gather(const Features& f, int64_t begin, int count, int64_t before,
                           const Put& put) {
     constexpr bool by_cells = block == 1;
     if (by_cells) count = 1;  // a constant: then there is no loop over j
-    const int64_t y = begin / f.grid_width, u = begin % f.grid_width;
+    const int y = int(begin / f.grid_width), u = int(begin % f.grid_width);
+    const int y_before = int(before / f.grid_width), u_before = int(before % f.grid_width);
     int64_t place[block];
     for (int k = 0, end; k < f.d; k = end) {
         const Layer& layer = f.layers[f.layer[k]];
-        for (end = k + 1; end < f.d && f.layer[end] == f.layer[k];) ++end;  // a run of channels
-        int64_t row = y, column = u;
-        const auto next_place = [&] {
-            if (++column == f.grid_width) column = 0, ++row;
-            return row < f.grid_height ? layer.row[row] + layer.column[column] : place[0];
-        };
+        end = f.end[k];
+        int row = y, column = u;
         place[0] = layer.row[y] + layer.column[u];
-        for (int j = 1; j < count; ++j) place[j] = next_place();
-        const int64_t next = by_cells ? next_place() : place[0];
-        const bool left_out = by_cells && stands && u > 0 && layer.column[u] == layer.column[u - 1];
+        for (int j = 1; j < count; ++j) {
+            if (++column == f.grid_width) column = 0, ++row;
+            place[j] = layer.row[row] + layer.column[column];
+        }
+        const bool same_row = by_cells && before >= 0 && layer.row[y_before] == layer.row[y];
+        const bool left_out = same_row && layer.column[u_before] == layer.column[u];
+        const bool asks = by_cells && layer.stride[1] == 1 && u + layer.cell < f.grid_width &&
+                          !(same_row && u_before == u);
+        const int64_t next = asks ? layer.row[y] + layer.column[u + layer.cell] : 0;
+        const int part = u % layer.cell;
         for (int g = 0; g * group < f.batch; ++g) {
             const float* s[group];
             for (int b = 0; b < group; ++b)
@@ -137,8 +152,9 @@ static inline void gather(const Features& f, int64_t begin, int count, bool stan
                     put(g, i, j, values);
                 }
             constexpr int line = 16;
-            for (int b = 0; b < group && next != place[0] && layer.stride[1] == 1; ++b)
-                for (int64_t c = f.channel[k]; c <= f.channel[end - 1]; c += line)
+            for (int b = 0; b < group && asks; ++b)
+                for (int64_t c = f.channel[k] + line * part; c <= f.channel[end - 1];
+                     c += line * layer.cell)
                     __builtin_prefetch(s[b] + next + c, 0, 2);
         }
     }

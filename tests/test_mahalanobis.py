@@ -239,6 +239,24 @@ def test_memory_order_of_features_does_not_matter():
     assert torch.equal(mahalanobis_map(sliced, channels, mean, factor), expected)
 
 
+@pytest.mark.parametrize("shape", [(5, 70), (4, 64), (1, 33), (3, 1)])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_map_of_many_tiles_equals_reference(shape, batch):
+    """Values that stand for the next position, rows and columns without a partner, layers whose
+    cells cover one, two and several positions, or a number that is not whole."""
+    height, width = shape
+    sizes = [shape, (-(-height // 2), -(-width // 2)), (1, 1), (-(-height // 3), -(-width // 4))]
+    features = [torch.randn(batch, 16, *size) for size in sizes]
+    channels = torch.randperm(64)[:45]  # not sorted, so that layers come by turns
+    for kept in (channels, channels.sort().values):
+        mean, factor = random_gaussians(height * width, len(kept))
+        expected = mahalanobis_map(features, kept, mean, factor, backend="reference")
+        for order in (torch.contiguous_format, torch.channels_last):
+            maps = [f.contiguous(memory_format=order) for f in features]
+            found = mahalanobis_map(maps, kept, mean, factor, backend="native")
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_threads_do_not_matter():
     """More positions than one of them takes at a time."""
     features = [torch.randn(6, 16, 13, 15), torch.randn(6, 20, 7, 8)]
