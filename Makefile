@@ -29,13 +29,13 @@ lint:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/cuda/*
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/cuda/* bench/*.c
 
 format:
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) tests/cuda/*
+	$(BIN)/clang-format -i $(SOURCES) tests/cuda/* bench/*.c
 
 # The extras `demo` and `test` are installed apart: the tests need much more.
 $(BIN)/.installed-%: pyproject.toml CMakeLists.txt $(SOURCES)

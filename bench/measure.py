@@ -1,13 +1,20 @@
 """What the benchmarks of the detectors and metrics measure with."""
 
+import ctypes
 import statistics
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
+
+from spd_fast.ops.memory import on_huge_pages
 
 
 def best(job: Callable, seconds: float = 1.0, clock: Callable = time.perf_counter) -> float:
@@ -33,6 +40,69 @@ def multiply_add_peak(clock: Callable = time.perf_counter) -> float:
     """Flop / s that torch's matrix product reaches here and now."""
     a = torch.randn(2048, 2048)
     return 2 * 2048**3 / best(lambda: a @ a, 2.0, clock)
+
+
+Limit = tuple[Callable, int]  # a job that does nothing else, and how much of it
+
+
+def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[float, list[float]]:
+    """How fast a job gets through an amount, as a share of how fast a limit does; and the speeds of
+    the limit. On a shared machine they change by the second, so both run in turn, and the share is
+    the median over rounds of the job between two runs of the limit."""
+
+    def speed(job: Callable, amount: int) -> float:
+        time.sleep(0.02)  # OpenMP's threads wait for more work in a busy loop at first
+        start = time.perf_counter()
+        job()
+        return amount / (time.perf_counter() - start)
+
+    speeds = [speed(*limit)]
+    shares = []
+    for _ in range(rounds):
+        of_job = speed(job, amount)
+        speeds.append(speed(*limit))
+        shares.append(2 * of_job / (speeds[-2] + speeds[-1]))
+    return statistics.median(shares), speeds
+
+
+@cache
+def reading(threads: int) -> Limit:
+    """Reads half a GiB on huge pages with every thread's share in several streams; bytes."""
+    data = on_huge_pages(torch.empty(1 << 27)).fill_(1)
+    part = data.numel() // threads // 512 * 512
+    starts = [data[i * part :].data_ptr() for i in range(threads)]
+
+    def job(start: int) -> None:
+        _limits().read_memory(
+            ctypes.c_void_p(start), ctypes.c_long(part), ctypes.byref(ctypes.c_float())
+        )
+
+    pool = ThreadPoolExecutor(threads)
+    return lambda data=data: list(pool.map(job, starts)), 4 * part * threads
+
+
+@cache
+def multiplying(threads: int) -> Limit:
+    """Multiplies and adds in registers alone, for some 10 ms; floating-point operations."""
+    steps = 1 << 22
+
+    def job(_) -> int:
+        return _limits().multiply_add(ctypes.c_long(steps), ctypes.byref(ctypes.c_float()))
+
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(job, range(threads))), threads * job(None)
+
+
+@cache
+def _limits() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/limits.so"
+        source = Path(__file__).with_name("limits.c")
+        command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", library]
+        subprocess.run(command, check=True)
+        limits = ctypes.CDLL(library)
+    limits.multiply_add.restype = ctypes.c_long
+    return limits
 
 
 def peak_memory() -> int:
