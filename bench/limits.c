@@ -23,11 +23,13 @@ long multiply_add(long steps, float* sink) {
     return 2L * sums * lanes * steps;
 }
 
-// Reads `count` floats in several places at once, which processors do faster than in one.
-void read_memory(const float* data, long count, float* sink) {
-    const long part = count / streams;
+// Reads about `count` floats, from an address that a Vector may have, in several places at once,
+// which processors do faster than in one. A few pages less lie between them than a power of two,
+// after which they would share cache sets. Returns how many it read.
+long read_memory(const float* data, long count, float* sink) {
+    const long step = 2 * lanes, part = (count / streams - 5 * 1024) / step * step;
     Vector sum[streams][2] = {};
-    for (long i = 0; i < part; i += 2 * lanes)
+    for (long i = 0; i < part; i += step)
 #pragma GCC unroll 4
         for (int s = 0; s < streams; ++s) {
             const Vector* v = (const Vector*)(data + s * part + i);
@@ -35,4 +37,5 @@ void read_memory(const float* data, long count, float* sink) {
             sum[s][1] += v[1];
         }
     for (int s = 0; s < streams; ++s) *sink += sum[s][0][0] + sum[s][1][0];
+    return streams * part;
 }

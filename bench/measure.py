@@ -48,7 +48,8 @@ Limit = tuple[Callable, int]  # a job that does nothing else, and how much of it
 def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[float, list[float]]:
     """How fast a job gets through an amount, as a share of how fast a limit does; and the speeds of
     the limit. On a shared machine they change by the second, so both run in turn, and the share is
-    the median over rounds of the job between two runs of the limit."""
+    the median over rounds of the job between two runs of the limit. What the job reads is no longer
+    in a cache then, unlike where it is repeated."""
 
     def speed(job: Callable, amount: int) -> float:
         time.sleep(0.02)  # OpenMP's threads wait for more work in a busy loop at first
@@ -56,6 +57,7 @@ def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[f
         job()
         return amount / (time.perf_counter() - start)
 
+    limit[0]()  # starts its threads
     speeds = [speed(*limit)]
     shares = []
     for _ in range(rounds):
@@ -68,26 +70,24 @@ def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[f
 @cache
 def reading(threads: int) -> Limit:
     """Reads half a GiB on huge pages with every thread's share in several streams; bytes."""
-    data = on_huge_pages(torch.empty(1 << 27)).fill_(1)
-    part = data.numel() // threads // 512 * 512
-    starts = [data[i * part :].data_ptr() for i in range(threads)]
+    limits, data = _limits(), on_huge_pages(torch.empty(1 << 27)).fill_(1)
+    parts = data.chunk(threads)
 
-    def job(start: int) -> None:
-        _limits().read_memory(
-            ctypes.c_void_p(start), ctypes.c_long(part), ctypes.byref(ctypes.c_float())
-        )
+    def job(part: torch.Tensor) -> int:
+        count, sink = ctypes.c_long(part.numel()), ctypes.byref(ctypes.c_float())
+        return 4 * limits.read_memory(ctypes.c_void_p(part.data_ptr()), count, sink)
 
     pool = ThreadPoolExecutor(threads)
-    return lambda data=data: list(pool.map(job, starts)), 4 * part * threads
+    return lambda: list(pool.map(job, parts)), sum(map(job, parts))
 
 
 @cache
 def multiplying(threads: int) -> Limit:
     """Multiplies and adds in registers alone, for some 10 ms; floating-point operations."""
-    steps = 1 << 22
+    limits, steps = _limits(), ctypes.c_long(1 << 22)
 
     def job(_) -> int:
-        return _limits().multiply_add(ctypes.c_long(steps), ctypes.byref(ctypes.c_float()))
+        return limits.multiply_add(steps, ctypes.byref(ctypes.c_float()))
 
     pool = ThreadPoolExecutor(threads)
     return lambda: list(pool.map(job, range(threads))), threads * job(None)
@@ -101,7 +101,7 @@ def _limits() -> ctypes.CDLL:
         command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", library]
         subprocess.run(command, check=True)
         limits = ctypes.CDLL(library)
-    limits.multiply_add.restype = ctypes.c_long
+    limits.multiply_add.restype = limits.read_memory.restype = ctypes.c_long
     return limits
 
 

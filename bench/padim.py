@@ -134,7 +134,8 @@ def lines_of_fit(d: int, grid: int) -> None:
     assert difference < 1e-2, f"the covariances differ by {difference}"
     theirs, ours = (statistics.median(times) for times in zip(*pairs))
     ratios = sorted(peer / own for peer, own in pairs)
-    # A ridge this large makes any numbers a covariance, which is as much work as another.
+    # A ridge this large makes any numbers a covariance, which is as much work as another until,
+    # after six times, most of it is denormal.
     factorise = partial(gaussian_factor, factor, d, FIT_BLOCK, 1e3)
     factorisation, _ = share(factorise, 2 / 3 * d**3 * grid**2, multiplying(1), 5)
     update = partial(gaussian_update, layers, channels, 0, mean, factor)

@@ -31,8 +31,11 @@ inline Rows product(const T* panel, Rows sum, Rows own) {
 
 // total[b] += squares of rows r .. r + R - 1 of panels of W x, for the four images of quad q; x is
 // (8 * panels, 4). Meanwhile the next R panels come from memory: into the second cache, as the
-// first has too few places for lines that are on their way. Each panel is a stream of its own,
-// which the processor foresees; every quad asks for a stretch of all of them, 8 columns at a time.
+// first has too few places for lines that are on their way. Each is a stream of its own, which by
+// its end, 8 to 24 columns that are not asked for, the processor foresees; every quad asks for a
+// stretch of all of them, 8 columns at a time. After the last panel that is what begins where the
+// factor ends, though a tile may read it only after another factor: asking for that one instead
+// gained nothing.
 template <int R, class T>
 inline void add_squares(const T* factor, int r, const float* x, Rows* total, int q, int quads) {
     const T *panel[R], *next[R];
@@ -153,7 +156,8 @@ bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int
     const size_t stride = groups * group_size + 16;
     // One position at a time goes to one place, where values may stand for the next.
     constexpr int blocks = block > 1 ? tile_rows : 1;
-    Pieces pieces = scratch.reserve((blocks * block + tile_rows) * stride + 9 * images + 5 * 16);
+    Pieces pieces = scratch.reserve((blocks * block + tile_rows) * stride + 8 * images +
+                                    max2<size_t>(images, tile_rows) + 4 * 16);
     if (!pieces.next) return false;
     float* x = pieces.take(blocks * block * stride);
     float* delta = pieces.take(tile_rows * stride);
@@ -182,7 +186,7 @@ bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int
         for (int64_t p = first; p < first + count; ++p) {
             for (int row = 0; row < rows && block > 1; ++row)
                 subtract(x + (row * block + p - first) * stride, p + row * width, row);
-            if (group == 1)  // a single row is scored twice
+            if (group == 1)  // a single row is scored twice, which reads no more memory
                 squared_norm(factor + p * factor_size, (rows - 1) * width * factor_size,
                              panel_count, delta, (rows - 1) * stride, squared);
             for (int row = 0; row < rows; ++row) {

@@ -87,8 +87,8 @@ struct GaussianFactorArgs {
     float ridge;
 };
 
-// A map is scored in tiles of the grid, counted row by row: two rows high, as the deeper layers
-// have cells in common there. The others take positions begin..end. All are independent of each
+// mahalanobis takes tiles begin..end of the grid, numbered row by row: two rows high, as the deeper
+// layers have cells in common there. The other two take positions. All are independent of each
 // other. False: out of memory.
 constexpr int tile_rows = 2, tile_columns = 32;
 static inline int tiles_across(const Features& f) {
@@ -116,8 +116,8 @@ static inline bool channels_are_last(const Features& f) { return f.layers[0].str
 // Calls put(g, k, j, values) with channel k at position begin + j of the `group` images from number
 // g * group on; past the last image its values stand again. count <= block. With one position at a
 // time, a layer is left out where position `before` (or -1) read the same cell of it: what was put
-// then still stands. And the next cells of the row are asked for, a part at each position that
-// reads the one before them, as the images lie too far apart for the processor to foresee them.
+// then still stands. And the cell that the row reads next is asked for, spread over the positions
+// that share the one before, as the images lie too far apart for the processor to foresee it.
 template <int group, int block, class Put>
 static inline void gather(const Features& f, int64_t begin, int count, int64_t before,
                           const Put& put) {
@@ -137,8 +137,9 @@ static inline void gather(const Features& f, int64_t begin, int count, int64_t b
         }
         const bool same_row = by_cells && before >= 0 && layer.row[y_before] == layer.row[y];
         const bool left_out = same_row && layer.column[u_before] == layer.column[u];
-        const bool asks = by_cells && layer.stride[1] == 1 && u + layer.cell < f.grid_width &&
-                          !(same_row && u_before == u);
+        const bool asked = same_row && u_before == u;  // by the row above
+        const bool asks =
+            by_cells && layer.stride[1] == 1 && u + layer.cell < f.grid_width && !asked;
         const int64_t next = asks ? layer.row[y] + layer.column[u + layer.cell] : 0;
         const int part = u % layer.cell;
         for (int g = 0; g * group < f.batch; ++g) {

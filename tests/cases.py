@@ -29,14 +29,14 @@ VIEW_CASES = {
 }
 
 
-def guarded_page() -> torch.Tensor:
+def guarded_pages(count: int = 1) -> torch.Tensor:
     """Bytes of memory before and after which reading ends the process."""
     page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
-    memory = mmap.mmap(-1, 3 * page)
+    memory = mmap.mmap(-1, (count + 2) * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for guarded in (start, start + 2 * page):
+    for guarded in (start, start + (count + 1) * page):
         assert libc.mprotect(ctypes.c_void_p(guarded), page, 0) == 0  # PROT_NONE
-    return torch.frombuffer(memory, dtype=torch.uint8)[page : 2 * page]
+    return torch.frombuffer(memory, dtype=torch.uint8)[page : (count + 1) * page]
 
 
 def noise_images(sizes, seed=0) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
-from cases import VIEW_CASES, every_operation_on, guarded_page, noise_images, view_case
+from cases import VIEW_CASES, every_operation_on, guarded_pages, noise_images, view_case
 from peers import torchvision_views
 from torch.library import opcheck
 
@@ -91,7 +91,7 @@ def test_views_may_be_made_from_any_other_view():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 def test_nothing_beside_the_image_is_read():
-    page = guarded_page()
+    page = guarded_pages()
     for height in (1, 2, 3, 5, 8):
         for width in (*range(1, 24), 40):
             n = 3 * height * width

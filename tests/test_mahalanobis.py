@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GAUSSIAN_CASES, gaussian_case, guarded_page, random_gaussians
+from cases import GAUSSIAN_CASES, gaussian_case, guarded_pages, random_gaussians
 from scipy.spatial.distance import mahalanobis
 from torch.library import opcheck
 
@@ -164,15 +164,17 @@ def test_int8_of_empty_huge_and_broken_rows():
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize("d", [1, 7, 8, 9, 25])
-def test_nothing_beside_the_factor_is_read(d, dtype):
-    page, features = guarded_page(), [torch.randn(5, d, 1, 1)]
-    channels, (mean, factor) = torch.arange(d), random_gaussians(1, d)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 2)])
+def test_nothing_beside_the_factor_is_read(shape, d, dtype):
+    positions = shape[0] * shape[1]
+    pages, features = guarded_pages(4), [torch.randn(5, d, *shape)]
+    channels, (mean, factor) = torch.arange(d), random_gaussians(positions, d)
     factor = converted(factor, d, dtype)
     for batch in (1, 5):
         images = [f[:batch] for f in features]
         expected = mahalanobis_map(images, channels, mean, factor)
-        for place in (page[: factor.nbytes], page[-factor.nbytes :]):
-            guarded = place.view(dtype).view(1, -1).copy_(factor)
+        for place in (pages[: factor.nbytes], pages[-factor.nbytes :]):
+            guarded = place.view(dtype).view(positions, -1).copy_(factor)
             found = mahalanobis_map(images, channels, mean, guarded, backend="native")
             assert torch.equal(found, expected)
 
@@ -239,22 +241,25 @@ def test_memory_order_of_features_does_not_matter():
     assert torch.equal(mahalanobis_map(sliced, channels, mean, factor), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize("shape", [(5, 70), (4, 64), (1, 33), (3, 1)])
-@pytest.mark.parametrize("batch", [1, 6])
-def test_map_of_many_tiles_equals_reference(shape, batch):
+@pytest.mark.parametrize("batch", [1, 2, 6, 33])
+def test_map_of_many_tiles_equals_reference(shape, batch, dtype):
     """Values that stand for the next position, rows and columns without a partner, layers whose
-    cells cover one, two and several positions, or a number that is not whole."""
+    cells cover one, two and several positions, a number that is not whole, or a part of one."""
     height, width = shape
-    sizes = [shape, (-(-height // 2), -(-width // 2)), (1, 1), (-(-height // 3), -(-width // 4))]
-    features = [torch.randn(batch, 16, *size) for size in sizes]
-    channels = torch.randperm(64)[:45]  # not sorted, so that layers come by turns
-    for kept in (channels, channels.sort().values):
+    sizes = [shape, (-(-height // 2), -(-width // 2)), (-(-height // 3), -(-width // 4)), (9, 90)]
+    features = [torch.randn(batch, 8, *size) for size in sizes]
+    channels = torch.randperm(32)[:27]  # not sorted, so that layers come by turns
+    planar, last = torch.contiguous_format, torch.channels_last
+    for kept in (channels, channels.sort().values, channels[:1]):
         mean, factor = random_gaussians(height * width, len(kept))
+        factor = converted(factor, len(kept), dtype)
         expected = mahalanobis_map(features, kept, mean, factor, backend="reference")
-        for order in (torch.contiguous_format, torch.channels_last):
-            maps = [f.contiguous(memory_format=order) for f in features]
+        for orders in ([planar] * 4, [last] * 4, [planar, last] * 2, [last, planar] * 2):
+            maps = [f.contiguous(memory_format=order) for f, order in zip(features, orders)]
             found = mahalanobis_map(maps, kept, mean, factor, backend="native")
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_threads_do_not_matter():
