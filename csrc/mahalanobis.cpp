@@ -8,8 +8,13 @@ namespace spd {
 namespace SPD_ISA {
 namespace {
 
-constexpr int quad = 4;   // images that share what is loaded of the factor
-constexpr int octet = 8;  // images that lie side by side, a vector for what is done to x
+constexpr int quad = 4;  // images that share what is loaded of the factor
+
+// From this number on a panel lasts long enough for the next ones to come from memory. While
+// shorter ones are multiplied, what lies `ahead` is asked for, in elements: it is time that counts,
+// and that takes about as long in every precision. Where the two meet, neither asks for some lines;
+// to ask for them too gained nothing.
+constexpr int long_panel = 16, ahead = 2048;
 
 // y[i][b] += panel i * x for columns first .. first + 7 and the panels from number `from` on.
 template <int from, int R, class T>
@@ -18,7 +23,7 @@ inline void add_columns(Rows (&y)[R][quad], const T* const (&panel)[R], int firs
         Rows column[R];
         for (int i = from; i < R; ++i) column[i] = load_rows(panel[i] + 8 * k);
         for (int b = 0; b < quad; ++b)
-            for (int i = from; i < R; ++i) y[i][b] += column[i] * x[octet * k + b];
+            for (int i = from; i < R; ++i) y[i][b] += column[i] * x[quad * k + b];
     }
 }
 
@@ -31,16 +36,14 @@ inline Rows product(const T* panel, Rows sum, Rows own) {
 }
 
 // total[b] += squares of rows r .. r + R - 1 of panels of W x, for the four images of quad q; x is
-// (8 * panels, 8), of which the first four columns are used. Meanwhile what is read next comes from
-// memory: into the second cache, as the first has too few places for lines that are on their way.
-// Every quad asks for a stretch of it, R pieces of 8 columns at a time. From panel `long_panel` on,
-// these are of the next R panels: each is a stream of its own, which by its end, 8 to 24 columns
-// that are not asked for, the processor foresees. Shorter ones are over before the longer ones
-// behind them could come; there it is what lies `ahead` in the factor and, where that ends, in the
-// one behind it, which the tile reads after the one of its other row.
+// (8 * panels, 4). Meanwhile what is read next comes from memory: into the second cache, as the
+// first has too few places for lines that are on their way. Every quad asks for a stretch of it, R
+// pieces of 8 columns at a time. Of long panels these are the next R: each is a stream of its own,
+// which by its end, 8 to 24 columns that are not asked for, the processor foresees. Past the end of
+// a factor lies that of the next position, though a tile may read another before: asking for that
+// one instead gained nothing.
 template <int R, class T>
 inline void add_squares(const T* factor, int r, const float* x, Rows* total, int q, int quads) {
-    constexpr int long_panel = 16, ahead = 2048;
     const bool streams = r >= long_panel;
     const T *panel[R], *next[R];
     for (int i = 0; i < R; ++i) {
@@ -49,15 +52,15 @@ inline void add_squares(const T* factor, int r, const float* x, Rows* total, int
     }
     const int steps = r + R;  // of 8 columns, as long as the last of these panels
     const int step = streams ? 64 : 64 * R;
-    int asked = step * q * ((steps + quads - 1) / quads), wait = 0;
+    int piece = q * ((steps + quads - 1) / quads), wait = 0;
     // Inlined by force: GCC may leave out calls of a function that only fetches.
     const auto ask = [&]() __attribute__((always_inline)) {
-        if (wait-- > 0) return;
+        if (wait-- > 0 || piece >= steps) return;
         wait = quads - 1;
         for (int i = 0; i < R; ++i)
             for (int k = 0; k < 64; k += 64 / int(sizeof(T)))
-                __builtin_prefetch(next[i] + asked + k, 0, 2);
-        asked += step;
+                __builtin_prefetch(next[i] + step * piece + k, 0, 2);
+        ++piece;
     };
     Rows y[R][quad] = {};
     const int columns = 8 * (r + 1);  // of the first; every other has 8 more
@@ -76,7 +79,7 @@ inline void add_squares(const T* factor, int r, const float* x, Rows* total, int
     static_assert(R <= 3);
     for (int i = 0; i < R; ++i) {
         Rows own[quad] = {};
-        if (sizeof(T) == 1) load_columns<octet>(x + octet * 8 * (r + i), own);
+        if (sizeof(T) == 1) load_columns(x + quad * 8 * (r + i), own);
         for (int b = 0; b < quad; ++b) {
             const Rows v = product(panel[i], y[i][b], own[b]);
             total[b] += v * v;
@@ -86,21 +89,19 @@ inline void add_squares(const T* factor, int r, const float* x, Rows* total, int
 
 float sum_of(Rows v) { return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])); }
 
-// Squared norms of W x, x (octets, 8 * panels, 8). A group of panels comes from memory once and
+// Squared norms of W x, x (quads, 8 * panels, 4). A group of panels comes from memory once and
 // serves all images while it is in cache.
 template <class T>
-void squared_norms(const T* factor, int panel_count, const float* x, int quads, Rows* total,
-                   float* out) {
-    const size_t octet_size = octet * 8 * size_t(panel_count);
-    const auto of_quad = [&](int q) { return x + q / 2 * octet_size + q % 2 * quad; };
+void squared_norms(const T* factor, int panel_count, const float* x, size_t quad_stride, int quads,
+                   Rows* total, float* out) {
     for (int q = 0; q < quad * quads; ++q) total[q] = Rows{};
     int r = 0;
     for (; r < panel_count % panel_group; ++r)  // what is left over is short here
         for (int q = 0; q < quads; ++q)
-            add_squares<1>(factor, r, of_quad(q), total + quad * q, q, quads);
+            add_squares<1>(factor, r, x + q * quad_stride, total + quad * q, q, quads);
     for (; r < panel_count; r += panel_group)
         for (int q = 0; q < quads; ++q)
-            add_squares<panel_group>(factor, r, of_quad(q), total + quad * q, q, quads);
+            add_squares<panel_group>(factor, r, x + q * quad_stride, total + quad * q, q, quads);
     for (int b = 0; b < quad * quads; ++b) out[b] = sum_of(total[b]);
 }
 
@@ -134,18 +135,26 @@ void squared_norm(const T* factor, size_t apart, int panel_count, const float* x
     for (int s = 0; s < tile_rows; ++s) out[s] = sum_of(total[s]);
 }
 
-// delta = x - mean for channels of `group` images each, 1 or an octet.
+template <int group>
+using Images __attribute__((vector_size(4 * group))) = float;
+
+// delta = x - mean for channels of `group` images each.
 template <int group>
 inline void subtract_mean(const float* __restrict x, const float* __restrict mean, int d,
                           float* __restrict delta) {
-    for (int k = 0; k < d; ++k)
-        if (group == 1)
-            delta[k] = x[k] - mean[k];
-        else
-            store_rows(delta + octet * k, load_rows(x + octet * k) - mean[k]);
+    if constexpr (group == 1) {  // the compiler takes a vector of channels
+        for (int k = 0; k < d; ++k) delta[k] = x[k] - mean[k];
+    } else {
+        for (int k = 0; k < d; ++k) {
+            Images<group> v;
+            memcpy(&v, x + k * group, sizeof v);
+            v -= mean[k];
+            memcpy(delta + k * group, &v, sizeof v);
+        }
+    }
 }
 
-// For `group` images at a time, 1 or an octet, gathering from `block` positions of a row at a time.
+// For `group` images at a time, 1 or a quad, gathering from `block` positions of a row at a time.
 template <int group, int block, class T>
 bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int first_column) {
     static thread_local Scratch scratch;
@@ -170,7 +179,7 @@ bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int
     memset(delta, 0, tile_rows * stride * sizeof(float));  // rows past d
     const auto subtract = [&](const float* from, int64_t p, int row) {
         const float* mean = args.mean + p * f.d;
-        // The next position's: its beginning, which is not foreseen.
+        // The beginning of the next position's mean, which the processor does not foresee.
         for (int k = 0; k < min2(f.d, 128) && group > 1; k += 16)
             __builtin_prefetch(mean + f.d + k, 0, 2);
         for (int g = 0; g < groups; ++g)
@@ -201,7 +210,7 @@ bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int
                 const int64_t here = p + row * width;
                 if (group > 1)
                     squared_norms(factor + here * factor_size, panel_count, delta + row * stride,
-                                  (f.batch + quad - 1) / quad, total, squared);
+                                  group_size, groups, total, squared);
                 for (int b = 0; b < f.batch; ++b)
                     args.out[b * positions + here] = sqrtf(squared[group > 1 ? b : row]);
             }
@@ -214,10 +223,10 @@ template <class T>
 bool score_tiles(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     const Features& f = args.features;
     const bool single = f.batch == 1;
-    const auto score = channels_are_last(f)
-                           ? (single ? score_tile<1, 1, T> : score_tile<octet, 1, T>)
-                           : (single ? score_tile<1, planar_positions, T>
-                                     : score_tile<octet, planar_positions, T>);
+    const auto score =
+        channels_are_last(f)
+            ? (single ? score_tile<1, 1, T> : score_tile<quad, 1, T>)
+            : (single ? score_tile<1, planar_positions, T> : score_tile<quad, planar_positions, T>);
     const int across = tiles_across(f);
     for (int64_t t = begin; t < end; ++t)
         if (!score(args, static_cast<const T*>(args.factor), int(t / across) * tile_rows,

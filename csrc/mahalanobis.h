@@ -153,7 +153,7 @@ static inline void gather(const Features& f, int64_t begin, int count, int64_t b
                     put(g, i, j, values);
                 }
             constexpr int line = 16;
-            for (int b = 0; b < group && asks; ++b)
+            for (int b = 0; b < min2(group, f.batch - g * group) && asks; ++b)
                 for (int64_t c = f.channel[k] + line * part; c <= f.channel[end - 1];
                      c += line * layer.cell)
                     __builtin_prefetch(s[b] + next + c, 0, 2);

@@ -57,14 +57,13 @@ static inline Rows load_rows(const int8_t* bytes) {
 
 static inline void store_rows(float* p, Rows v) { memcpy(p, &v, sizeof v); }
 
-// The first four columns of 8 rows.
-template <int stride>
+// The four columns of 8 rows of four.
 static inline void load_columns(const float* p, Rows (&column)[4]) {
 #ifdef __AVX2__
     __m256 row[4];  // and the one four below in the upper half
     for (int i = 0; i < 4; ++i)
-        row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + stride * i)),
-                                      _mm_loadu_ps(p + stride * (i + 4)), 1);
+        row[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4 * i)),
+                                      _mm_loadu_ps(p + 4 * i + 16), 1);
     const __m256 a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpacklo_ps(row[2], row[3]);
     const __m256 c = _mm256_unpackhi_ps(row[0], row[1]), d = _mm256_unpackhi_ps(row[2], row[3]);
     column[0] = (Rows)_mm256_shuffle_ps(a, b, 0x44);
@@ -73,7 +72,7 @@ static inline void load_columns(const float* p, Rows (&column)[4]) {
     column[3] = (Rows)_mm256_shuffle_ps(c, d, 0xee);
 #else
     for (int i = 0; i < 8; ++i)
-        for (int k = 0; k < 4; ++k) column[k][i] = p[stride * i + k];
+        for (int k = 0; k < 4; ++k) column[k][i] = p[4 * i + k];
 #endif
 }
 

@@ -1,3 +1,4 @@
+import mmap
 import sys
 
 import numpy as np
@@ -163,13 +164,13 @@ def test_int8_of_empty_huge_and_broken_rows():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
-@pytest.mark.parametrize("d", [1, 7, 8, 9, 25])
+@pytest.mark.parametrize("d", [1, 7, 8, 9, 25, 150])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 2)])
 def test_nothing_beside_the_factor_is_read(shape, d, dtype):
     positions = shape[0] * shape[1]
-    pages, features = guarded_pages(4), [torch.randn(5, d, *shape)]
     channels, (mean, factor) = torch.arange(d), random_gaussians(positions, d)
-    factor = converted(factor, d, dtype)
+    factor, features = converted(factor, d, dtype), [torch.randn(5, d, *shape)]
+    pages = guarded_pages(-(-factor.nbytes // mmap.PAGESIZE))
     for batch in (1, 5):
         images = [f[:batch] for f in features]
         expected = mahalanobis_map(images, channels, mean, factor)
@@ -260,6 +261,32 @@ def test_map_of_many_tiles_equals_reference(shape, batch, dtype):
             maps = [f.contiguous(memory_format=order) for f, order in zip(features, orders)]
             found = mahalanobis_map(maps, kept, mean, factor, backend="native")
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_images_do_not_depend_on_each_other(order, dtype):
+    """To the last bit, whatever their number, though one of them is not finite."""
+    features = [torch.randn(17, 90, 2, 3), torch.randn(17, 80, 1, 2)]
+    for f in features:
+        f[7] = torch.nan
+    channels = torch.randperm(170)[:150].sort().values
+    mean, factor = random_gaussians(6, 150)
+    factor = converted(factor, 150, dtype)
+
+    def score(first, end):
+        images = [f[first:end].contiguous(memory_format=order) for f in features]
+        return mahalanobis_map(images, channels, mean, factor, backend="native")
+
+    expected = score(0, 17)
+    assert expected.isnan().flatten(1).all(1).tolist() == [i == 7 for i in range(17)]
+    assert expected.isfinite().flatten(1).all(1).tolist() == [i != 7 for i in range(17)]
+    for end in range(2, 17):
+        assert torch.equal(score(0, end).nan_to_num(), expected[:end].nan_to_num())
+    for first in range(17):  # one image has a kernel of its own
+        torch.testing.assert_close(
+            score(first, first + 1), expected[first : first + 1], rtol=1e-4, atol=0, equal_nan=True
+        )
 
 
 def test_threads_do_not_matter():
