@@ -1,7 +1,7 @@
 """PaDiM beyond the backbone, beside anomalib's own functions.
 
-    python bench/padim.py            # what bench/README.md shows: 8 minutes, 12 GB
-    python bench/padim.py --quick    # d = 100 alone: half a minute
+    python bench/padim.py            # what bench/README.md shows: 9 minutes, 12 GB
+    python bench/padim.py --quick    # d = 100 alone: a minute and a half
     python bench/padim.py --memory 32 900    # only the memory of fits of so many images
 
 Every part checks that the results agree before it times them. Peers run in turn with ours in one
