@@ -42,7 +42,8 @@ FORMATS = (
     ("bfloat16", False),
     ("uint8", False),
 )
-ALLOWED = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 5e-3, "uint8": 1.0 / 255}
+# Of uint8 a step, and half of one by which the exact result is rounded.
+ALLOWED = {"float32": 1e-3, "float16": 2e-3, "bfloat16": 5e-3, "uint8": 1.5 / 255}
 TOLERANCE = {"float32": 1e-4, "float16": 1e-3}  # of distances, relative to anomalib's
 IDENTITY = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -56,12 +57,13 @@ class Row(NamedTuple):
 
 
 def seconds(job: Callable, device: str) -> float:
-    """Of one call; the median over at least 10 that take half a second together."""
+    """Of one call; the median over at least 10 that take half a second together, or of 3 that take
+    more than 3 seconds."""
     for _ in range(2):
         job()
     times: list[float] = []
     other = torch.empty((256 << 20) * (device == "cuda"), dtype=torch.uint8, device=device)
-    while sum(times) < 0.5 or len(times) < 10:
+    while sum(times) < 0.5 or len(times) < (10 if sum(times) < 3 else 3):
         if device == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             other.zero_()  # what a cache held of the last turn
@@ -88,7 +90,7 @@ def backends_of(operation: str, device: str) -> list[str]:
     return [
         backend.name
         for backend in OPERATIONS[operation]
-        if backend.device == ("gpu" if device == "cuda" else "cpu") and not backend.missing()
+        if backend.device == device and not backend.missing()
     ]
 
 
@@ -156,7 +158,7 @@ def check_peer(peer: peers_views.Peer, prepared, images: list, params: torch.Ten
     theirs = torch.stack([torch.stack([v.cpu() for v in views]) for views in theirs], 1)
     difference = ((ours - theirs) * peers_views.UNIT_STD).abs()
     largest, mean = difference.max().item(), difference.mean().item()
-    limit = max(peer.limits[0], ALLOWED["float32"])
+    limit = max(peer.limits[0], 2 * ALLOWED["float32"])  # of both: these images are pure noise
     assert largest <= limit, f"{peer.name} differs by {largest}"
     assert mean <= max(peer.limits[1], 2e-4), f"{peer.name} differs by {mean} on average"
 
@@ -170,7 +172,7 @@ def padim_rows(device: str, small: bool) -> Iterator[Row]:
         channels = kept_channels(d).to(device)
         yield row_of_fit(grid, channels)
         mean, factor = gaussians(grid**2, d, device)
-        anomalib = [mean.T.contiguous(), inverse_of(factor, d).to(device)]
+        anomalib = [mean.T.contiguous(), inverse_of(factor, d)]
         lower = unpack(factor, d)
         for batch in (1, 4) if small else (1, 4, 8, 32):
             layers = [x.to(device) for x in random_layers(d, batch, grid, seed=1)]
@@ -233,26 +235,30 @@ def row_of_fit(grid: int, channels: torch.Tensor, images: int = 32) -> Row:
 
 def gaussians(positions: int, d: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Means and factors of well-conditioned covariances."""
-    generator = torch.Generator().manual_seed(2)
-    mean = torch.rand(positions, d, generator=generator).to(device)
+    own = {"generator": torch.Generator(device).manual_seed(2), "device": device}
+    mean = torch.rand(positions, d, **own)
     factor = torch.empty(positions, packed_size(d), device=device)
     for rows in factor.split(256):
-        lower = torch.randn(len(rows), d, d, generator=generator).tril() / d**0.5
-        lower.diagonal(dim1=1, dim2=2).copy_(1 + torch.rand(len(rows), d, generator=generator))
+        lower = torch.randn(len(rows), d, d, **own).tril() / d**0.5
+        lower.diagonal(dim1=1, dim2=2).copy_(1 + torch.rand(len(rows), d, **own))
         rows.copy_(pack(lower))
     return mean, factor
 
 
 # ------------------------------------------------------------------------------------------ tables
 
+HEAD = "| | backend | ms | GB/s | of copy | the others take |"
+
 
 def as_markdown(rows: list[Row], copied: float) -> str:
-    lines = ["| | backend | ms | GB/s | of copy | the others take |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        rate = f"{row.rate / 1e9:.0f} | {row.rate / copied:.0%}" if row.rate else " | "
-        cells = row.what, row.backend, f"{row.milliseconds:.3g}", rate, row.beside
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [HEAD, "|---|---|---|---|---|---|", *(as_line(row, copied) for row in rows)]
     return "\n".join(lines)
+
+
+def as_line(row: Row, copied: float) -> str:
+    rate = f"{row.rate / 1e9:.0f} | {row.rate / copied:.0%}" if row.rate else " | "
+    cells = row.what, row.backend, f"{row.milliseconds:.3g}", rate, row.beside
+    return f"| {' | '.join(cells)} |"
 
 
 def write_down(title: str, table: str) -> None:
@@ -285,12 +291,14 @@ def main() -> None:
     title = (
         f"{gpu}, torch {torch.__version__}, {date.today()}; a copy moves {copied / 1e9:.0f} GB/s"
     )
-    print(title, flush=True)
-    rows = [*views_rows(args.device, args.small), *padim_rows(args.device, args.small)]
-    table = as_markdown(rows, copied)
-    print(table)
+    print(f"{title}\n\n{HEAD}", flush=True)
+    rows = []
+    for table in views_rows, padim_rows:
+        for row in table(args.device, args.small):
+            print(as_line(row, copied), flush=True)
+            rows.append(row)
     if args.write:
-        write_down(title, table)
+        write_down(title, as_markdown(rows, copied))
 
 
 if __name__ == "__main__":

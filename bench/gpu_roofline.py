@@ -6,6 +6,7 @@ longer, as if nothing ever waited. Instructions are those of the compiled code, 
 loops turn on average (bench/sass.py). Needs Triton and nvcc.
 """
 
+import re
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,7 @@ def in_cuda(source: str, arch: int) -> dict[str, tuple[list[Instruction], Usage]
     found = {}
     for name, kernel in zip(names.splitlines(), kernels.values()):
         name = name.replace("(anonymous namespace)::", "").replace("spd::", "")
-        name = name.removeprefix("void ").split("(")[0]
+        name = re.match(r"(?:void )?(\w+(?:<.*>)?)\(", name)[1]
         found[name] = kernel, usage[name]
     return found
 
@@ -170,8 +171,8 @@ def views_in_cuda(dtype: str, arch: int) -> Iterator[Launch]:
     packed = "false" if dtype == "float32" else "true"
     for depth, views in enumerate(rounds(CUDA_TILE)):
         parts = 2 if dtype == "float32" else 1
-        resize = f"resize_view_kernel<{name}, true>" if depth else f"resize_kernel<{parts}>"
-        kernels = [resize, f"finish_kernel<{name}, {packed if depth else 'false'}>"]
+        resize = f"resize_view_kernel<{name}, (Reads)0>" if depth else f"resize_kernel<{parts}>"
+        kernels = [resize, f"finish_kernel<{name}, {packed if depth else 'false'}, false>"]
         for kernel in kernels + [f"paste_kernel<{name}>"] * bool(views.patches.any()):
             code, usage = in_cuda("augment_views.cu", arch)[kernel]
             jobs = IMAGES * len(views.params) // len(table())

@@ -89,7 +89,7 @@ class Views:
         return {
             "if (threadIdx.x == 0) {": 1 / WARPS,
             "if (threadIdx.x == 0) set_mean(colors, mean);": 1 / WARPS,
-            "if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);": 1 / WARPS,
+            "if (threadIdx.x == 0) set_jitter_of_view(colors, p);": 1 / WARPS,
             "if (threadIdx.x == 0) set_jitter_of_patch(colors, p);": 1 / WARPS,
             "for (int step = 0; step < 4; ++step) {": 4,
             "for (int s = 0; s <= step; ++s) {": 2.5,
@@ -101,7 +101,7 @@ class Views:
             "for (int left = 0; left < args.width; left += tile_x) {": self.across,
             "if (job.room >= side) {": 1,
             "} else if (job.inside()) {": self.inside,
-            "if (job.inside()) {": self.inside,
+            "if (job.inside()) {": self.inside if kernel.startswith("finish") else 1,
             "if (place < 0) place = reflect(i, n);": 0,
             **(self._resize() | self._finish() | self._paste()),
         }
@@ -125,14 +125,18 @@ class Views:
         return {
             # With photographs of this size always.
             "if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {": 1,
-            "if (left % (side * warp_size) == 0) {": -(-self.across // 16) / self.across,
-            "for (int step = block_x; step < min2(down.steps, held); step += blocks_x)": (  # noqa: E501
-                down / 2
+            "for (int step = first; step < min2(down.steps, Source::most_steps); step += sharing)": (
+                down * self.inside / 2
             ),
-            "for (int step = block_y; step < min2(across.steps, held); step += blocks_y)": (  # noqa: E501
-                across / 4
+            "for (int block = first; block * side < args.width; block += sharing) {": (
+                self.across * self.inside
             ),
-            "for (int k = 0; k < steps_across; ++k) taps_across<usual>(across, held_across, k).add_to(gain);": (  # noqa: E501
+            "if (block >= warp_size && block % warp_size < sharing) columns.set(args, p, block - first);": (  # noqa: E501
+                0
+            ),
+            "for (int step = 0; step < min2(across.steps, memory.across_held); ++step)": across,
+            "if (!all && step >= count) return axis.taps_of_columns<parts>(step);": 0,
+            "for (int k = 0; k < steps_across; ++k) taps_across<Source>(across, held_across, k).add_to(gain);": (  # noqa: E501
                 across
             ),
             "for (int step = 0; step < down.steps; ++step)": down,
@@ -166,7 +170,7 @@ class Views:
                 (self.radius == 0) & (self["blur_sigma"] > 0), self["blur_sigma"] > 0
             ),
             "if (s < steps_across) {": steps_across / 3,
-            "if (views.together > 1) {": 1,
+            "if (views.together > 1 && across == 1) {": 1,
             "if (job.view < args.fine.count) fine = planes_of<Half>(args.fine, job.view, job.image);": (  # noqa: E501
                 0
             ),
@@ -186,16 +190,21 @@ class Views:
             "if (place < rows)": np.ceil(rows / 32) / WARPS,
             "} else if (place < columns) {": np.ceil(columns / 32) / WARPS,
             "for (int k = -radius; k <= radius; ++k) {": 8 * sigma + 1,
-            "for (int i = threadIdx.x; i < rows * columns; i += threads) {": np.ceil(
-                rows * columns / 32 / WARPS
+            "for (int first = threadIdx.x; first < rows * columns; first += patch_pixels * threads) {": (  # noqa: E501
+                np.ceil(rows * columns / 32 / WARPS / 4)
             ),
+            "if (i >= rows * columns) continue;": _left_out(rows * columns),
+            "if (k >= patch.count) continue;": _left_out(rows * columns),
             # Share of warps; their 32 pixels may lie in two rows.
-            "if (row >= 0 && row < height && column >= 0 && column < width && at < area) {": (
+            "if (inside[k])": (
                 np.minimum((self["patch_height"] + 1) / np.maximum(rows, 1), 1)
                 * np.minimum((self["patch_width"] + 31) / np.maximum(columns, 1), 1)
             ),
-            "if (in_fine) blend(args.fine, fine, fine.at(y0 + y, x0 + x), its_alpha, q[0]);": 0,
-            "for (int i = threadIdx.x; i < area; i += threads) {": np.ceil(area / 32 / WARPS),
+            "if (in_fine) blend(args.fine, fine, patch);": 0,
+            "for (int first = threadIdx.x; first < area; first += patch_pixels * threads) {": (
+                np.ceil(area / 32 / WARPS / 4)
+            ),
+            "if (i >= area) continue;": _left_out(area),
         }
 
     # ----------------------------------------------------------------------------------- Triton
@@ -237,6 +246,12 @@ class Views:
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return part / np.maximum(whole, 1)
+
+
+def _left_out(pixels: np.ndarray) -> np.ndarray:
+    """Share of turns of four at once in which a block of threads is past the last pixel."""
+    used = np.ceil(pixels / 32 / WARPS)
+    return 1 - _share(used, 4 * np.ceil(used / 4))
 
 
 def distances_in_cuda(d: int, images: int, rows_at_once: int) -> Turns:

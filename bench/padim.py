@@ -67,7 +67,7 @@ def fit(layers: list[torch.Tensor], channels: torch.Tensor):
 
 def inverse_of(factor: torch.Tensor, d: int) -> torch.Tensor:
     """What anomalib keeps, (P, d, d)."""
-    inverse = torch.empty(len(factor), d, d)
+    inverse = torch.empty(len(factor), d, d, device=factor.device)
     for to, rows in zip(inverse.split(64), factor.split(64)):
         w = unpack(rows, d)
         torch.bmm(w.mT, w, out=to)

@@ -89,7 +89,8 @@ __device__ inline void keep_patch(const GpuRoundArgs& args, const Job& job, cons
 template <class T>
 constexpr bool coarse = std::is_same_v<T, Bfloat> || std::is_same_v<T, uint8_t>;
 
-template <class T, bool packed>
+// interleaved: the view's channels lie side by side, in pairs of pixels.
+template <class T, bool packed, bool interleaved>
 __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs args) {
     __shared__ BlurMemory memory;
     __shared__ Jitter colors;
@@ -115,16 +116,26 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
     __syncthreads();
 
     bool in_patch = false;
-    const auto put_finished = [&](int channel, const Scaled& pixels) {
-        put_channel(args, job, args.target, target.channel(channel), channel, pixels);
+    float values[3][pixels_each];
+    const auto put_finished = [&](int channel, float scale, float shift) {
+        const Scaled pixels{values[channel], scale, shift};
+        if constexpr (!interleaved)
+            put_channel(args, job, args.target, target.channel(channel), channel, pixels);
         if constexpr (coarse<T>) {
             if (fine.r) put_channel(args, job, args.fine, fine.channel(channel), channel, pixels);
         }
         if (in_patch) keep_patch(args, job, box, channel, pixels);
+        if constexpr (interleaved) {
+            const Scaled stored = as_stored(args.target, channel, pixels);
+#pragma unroll
+            for (int i = 0; i < pixels_each; ++i) values[channel][i] = stored[i];
+            put_interleaved(args, job, target.r, target.down, channel, values);
+        }
     };
 #pragma unroll 1
     for (int left = 0; left < args.width; left += tile_x) {
-        move_to(job, args, left);
+        job.left = left;
+        move_to(job, args, job.top + job.block_y() * side, left + job.block_x() * side);
         in_patch = meets(job, box);
         if (blur.radius > 0) {
             fill_to_blur<packed>(memory, args, job, colors, blur);
@@ -132,9 +143,8 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
             if (job.inside()) {
 #pragma unroll
                 for (int c = 0; c < 3; ++c) {
-                    float values[pixels_each];
-                    blur_channel(values, memory, job, blur, c);
-                    put_finished(c, {values, blur.gain, 0.5f});
+                    blur_channel(values[c], memory, job, blur, c);
+                    put_finished(c, blur.gain, 0.5f);
                 }
             }
             __syncthreads();
@@ -142,12 +152,11 @@ __global__ void __launch_bounds__(threads, 3) finish_kernel(const GpuRoundArgs a
             Rgb pixels[pixels_each] = {};
             KeptPixels<packed>(args, job).get(args, job, pixels);
             adjust(pixels, colors, colors.contrast_at, colors.count);
-            float values[3][pixels_each];
 #pragma unroll
             for (int i = 0; i < pixels_each; ++i)
                 values[0][i] = pixels[i].r, values[1][i] = pixels[i].g, values[2][i] = pixels[i].b;
 #pragma unroll
-            for (int c = 0; c < 3; ++c) put_finished(c, {values[c], 1, 0});
+            for (int c = 0; c < 3; ++c) put_finished(c, 1, 0);
         }
     }
 }
@@ -171,22 +180,42 @@ __device__ inline float alpha_along(int i, int start, int length, float sigma, i
     return inside / total;
 }
 
+// Some pixels of a patch, and where the threads find them in a view.
+constexpr int patch_pixels = 4;  // at once: one would wait for the memory all the time
+struct PatchPixels {
+    Rgb pixels[patch_pixels];
+    float alpha[patch_pixels];
+    int y[patch_pixels], x[patch_pixels];
+    int count;
+};
+
 template <class T>
-__device__ inline void blend(const GpuViews& views, const Planes<T>& view, unsigned at, float alpha,
-                             const Rgb& patch) {
-    const auto blended = [&](T* to, float value, int c) {
-        const float before = value_of(*to);
-        put(to, before + alpha * (value * views.scale[c] + views.shift[c] - before));
-    };
-    blended(view.r + at, patch.r, 0);
-    blended(view.g + at, patch.g, 1);
-    blended(view.b + at, patch.b, 2);
+__device__ inline void blend(const GpuViews& views, const Planes<T>& view,
+                             const PatchPixels& patch) {
+    Rgb before[patch_pixels];
+#pragma unroll
+    for (int k = 0; k < patch_pixels; ++k) {
+        if (k >= patch.count) continue;
+        const unsigned at = view.at(patch.y[k], patch.x[k]);
+        before[k] = {value_of(view.r[at]), value_of(view.g[at]), value_of(view.b[at])};
+    }
+#pragma unroll
+    for (int k = 0; k < patch_pixels; ++k) {
+        if (k >= patch.count) continue;
+        const unsigned at = view.at(patch.y[k], patch.x[k]);
+        const auto blended = [&](float old, float value, int c) {
+            return old + patch.alpha[k] * (value * views.scale[c] + views.shift[c] - old);
+        };
+        put(view.r + at, blended(before[k].r, patch.pixels[k].r, 0));
+        put(view.g + at, blended(before[k].g, patch.pixels[k].g, 1));
+        put(view.b + at, blended(before[k].b, patch.pixels[k].b, 2));
+    }
 }
 
 // Blends the jittered patch in where alpha is not zero: out = (1 - alpha) out + alpha patch. A
 // block does so for a view: patches are small.
 template <class T>
-__global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs args) {
+__global__ void __launch_bounds__(threads, 2) paste_kernel(const GpuRoundArgs args) {
     constexpr int most = threads / 2;  // rows and columns at a time
     __shared__ Jitter colors;
     __shared__ float alpha[2][most];  // of rows and columns
@@ -205,11 +234,21 @@ __global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs ar
     const int area = min2(height * width, args.room);
     float mean = 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < area; i += threads) {
-        Rgb q[1] = {{box[i], box[args.room + i], box[2 * args.room + i]}};
+    for (int first = threadIdx.x; first < area; first += patch_pixels * threads) {
+        Rgb q[patch_pixels];
+#pragma unroll
+        for (int k = 0; k < patch_pixels; ++k) {
+            const int i = min2(first + k * threads, area - 1);
+            q[k] = {box[i], box[args.room + i], box[2 * args.room + i]};
+        }
         adjust(q, colors, 0, colors.contrast_at);
-        box[i] = q[0].r, box[args.room + i] = q[0].g, box[2 * args.room + i] = q[0].b;
-        mean += gray(q[0].r, q[0].g, q[0].b);
+#pragma unroll
+        for (int k = 0; k < patch_pixels; ++k) {
+            const int i = first + k * threads;
+            if (i >= area) continue;
+            box[i] = q[k].r, box[args.room + i] = q[k].g, box[2 * args.room + i] = q[k].b;
+            mean += gray(q[k].r, q[k].g, q[k].b);
+        }
     }
     mean = block_sum(mean) / area;
     if (threadIdx.x == 0) set_mean(colors, mean);
@@ -236,17 +275,28 @@ __global__ void __launch_bounds__(threads, 4) paste_kernel(const GpuRoundArgs ar
             __syncthreads();
             const float inverse = 1.f / columns;
 #pragma unroll 1
-            for (int i = threadIdx.x; i < rows * columns; i += threads) {
-                const int y = int((i + 0.5f) * inverse), x = i - y * columns;
-                const int row = y0 + y - top, column = x0 + x - left, at = row * width + column;
-                Rgb q[1] = {};
-                if (row >= 0 && row < height && column >= 0 && column < width && at < area) {
-                    q[0] = {box[at], box[args.room + at], box[2 * args.room + at]};
-                    adjust(q, colors, colors.contrast_at, colors.count);
+            for (int first = threadIdx.x; first < rows * columns; first += patch_pixels * threads) {
+                PatchPixels patch{};
+                bool inside[patch_pixels] = {};  // the patch; around it is nothing to blend in
+#pragma unroll
+                for (int k = 0; k < patch_pixels; ++k) {
+                    const int i = first + k * threads;
+                    if (i >= rows * columns) continue;
+                    const int y = int((i + 0.5f) * inverse), x = i - y * columns;
+                    const int row = y0 + y - top, column = x0 + x - left, at = row * width + column;
+                    patch.y[k] = y0 + y, patch.x[k] = x0 + x, patch.count = k + 1;
+                    patch.alpha[k] = alpha[0][y] * alpha[1][x];
+                    inside[k] =
+                        row >= 0 && row < height && column >= 0 && column < width && at < area;
+                    if (inside[k])
+                        patch.pixels[k] = {box[at], box[args.room + at], box[2 * args.room + at]};
                 }
-                const float its_alpha = alpha[0][y] * alpha[1][x];
-                blend(args.target, view, view.at(y0 + y, x0 + x), its_alpha, q[0]);
-                if (in_fine) blend(args.fine, fine, fine.at(y0 + y, x0 + x), its_alpha, q[0]);
+                adjust(patch.pixels, colors, colors.contrast_at, colors.count);
+#pragma unroll
+                for (int k = 0; k < patch_pixels; ++k)
+                    if (!inside[k]) patch.pixels[k] = {};
+                blend(args.target, view, patch);
+                if (in_fine) blend(args.fine, fine, patch);
             }
             __syncthreads();
         }
@@ -262,14 +312,27 @@ void launch(void (*kernel)(GpuRoundArgs), const GpuRoundArgs& args, int blocks_o
                static_cast<cudaStream_t>(args.stream), args);
 }
 
+template <class T, bool interleaved>
+auto finish_of(const GpuRoundArgs& args) {
+    if constexpr (!std::is_same_v<T, float>)  // which is never packed
+        if (args.packed) return finish_kernel<T, true, interleaved>;
+    return finish_kernel<T, false, interleaved>;
+}
+
 template <class T>
 void finish_and_paste(const GpuRoundArgs& args) {
-    if constexpr (!std::is_same_v<T, float>) {
-        launch(args.packed ? finish_kernel<T, true> : finish_kernel<T, false>, args, args.tiles);
-    } else {
-        launch(finish_kernel<T, false>, args, args.tiles);  // float32 is never packed
-    }
+    const bool interleaved = args.target.interleaved && args.target.together > 1;
+    launch(interleaved ? finish_of<T, true>(args) : finish_of<T, false>(args), args, args.tiles);
     if (args.room) launch(paste_kernel<T>, args, 1);
+}
+
+template <class T>
+auto resize_view_of(const GpuRoundArgs& args) {
+    switch (reads_of(args.source, args.width)) {
+        case Reads::planes: return resize_view_kernel<T, Reads::planes>;
+        case Reads::interleaved: return resize_view_kernel<T, Reads::interleaved>;
+        default: return resize_view_kernel<T, Reads::pixels>;
+    }
 }
 
 }  // namespace
@@ -278,10 +341,10 @@ void finish_and_paste(const GpuRoundArgs& args) {
 static int together(const GpuViews& views, int width) {
     static constexpr size_t itemsize[] = {4, 2, 2, 1};  // of a DType
     const auto fits = [&](size_t n) {
-        bool all = width % n == 0 && views.stride[4] == 1 &&
+        bool all = width % n == 0 && (views.stride[4] == 1 || views.interleaved) &&
                    reinterpret_cast<uintptr_t>(views.data) % (n * itemsize[int(views.dtype)]) == 0;
-        for (int axis = 0; axis < 4; ++axis) all = all && views.stride[axis] % n == 0;
-        return all;
+        for (int axis : {0, 1, 3}) all = all && views.stride[axis] % n == 0;
+        return all && (views.interleaved || views.stride[2] % n == 0);
     };
     return fits(4) ? 4 : fits(2) ? 2 : 1;
 }
@@ -291,19 +354,17 @@ void augment_round_cuda(const GpuRoundArgs& given) {
     args.per_image = inverse_of(args.views_made);
     args.per_tile = inverse_of(args.tiles);
     for (GpuViews* views : {&args.source, &args.target, &args.fine}) {
+        views->interleaved = views->stride[4] == 3 && views->stride[2] == 1;
         views->together = together(*views, args.width);
         for (int c = 0; c < 3; ++c) {
             views->inverse_scale[c] = 1 / views->scale[c];
             views->middle[c] = 0.5f * views->scale[c] + views->shift[c];
         }
     }
-    const bool usual = reads_as_usual(args.source, args.width);
     const auto resize = [&] {
         if (args.from_images)
             return args.target.dtype == DType::float32 ? resize_kernel<2> : resize_kernel<1>;
-        if (args.packed)
-            return usual ? resize_view_kernel<Half, true> : resize_view_kernel<Half, false>;
-        return usual ? resize_view_kernel<float, true> : resize_view_kernel<float, false>;
+        return args.packed ? resize_view_of<Half>(args) : resize_view_of<float>(args);
     };
     launch(resize(), args, args.tiles);
     switch (args.target.dtype) {

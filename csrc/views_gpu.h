@@ -8,9 +8,9 @@
 namespace spd {
 namespace {
 
-// A block makes tile_y rows of a view, one tile after the other, and each of its warps 16 x 16
-// pixels of a tile. They lie in the warp's lanes as two results of multiply_add do, side by side: a
-// lane has four pairs of neighbours.
+// A block makes tile_y rows of a view, and each of its warps 16 x 16 pixels at a time. They lie in
+// the warp's lanes as two results of multiply_add do, side by side: a lane has four pairs of
+// neighbours.
 constexpr int tile_y = view_tile_y, tile_x = 32, threads = 256, warps = 8;
 constexpr int side = 16, pixels_each = 8, blocks_y = tile_y / side, blocks_x = tile_x / side;
 static_assert(blocks_y * blocks_x == warps && threads == warps * warp_size);
@@ -20,7 +20,7 @@ struct Job {
     int image, view;
     int tile;
     int warp;         // of the block; one that all of a warp's lanes know
-    int top, left;    // the tile's first pixel
+    int top, left;    // the block's first row, and its tile's first column
     int row, column;  // the thread's first pixel
     int room;         // rows and columns of the view from the warp's first pixel on, the fewer
 
@@ -58,9 +58,8 @@ __device__ inline Job job_of_rows(const GpuRoundArgs& args) {
     return job;
 }
 
-__device__ inline void move_to(Job& job, const GpuRoundArgs& args, int left) {
-    const int row = job.top + job.block_y() * side, column = left + job.block_x() * side;
-    job.left = left;
+// To the warp's 16 x 16 pixels from there on.
+__device__ inline void move_to(Job& job, const GpuRoundArgs& args, int row, int column) {
     job.row = row + threadIdx.x % warp_size / 4;
     job.column = column + threadIdx.x % 4 * 2;
     job.room = min2(args.height - row, args.width - column);
@@ -255,15 +254,19 @@ struct Scaled {
     __device__ float operator[](int i) const { return values[i] * scale + shift; }
 };
 
+// As a view stores it.
+__device__ inline Scaled as_stored(const GpuViews& views, int channel, const Scaled& pixels) {
+    const float scale = views.scale[channel];
+    return {pixels.values, pixels.scale * scale, pixels.shift * scale + views.shift[channel]};
+}
+
 // One of them, to its plane of a view.
 template <class T>
 __device__ inline void put_channel(const GpuRoundArgs& args, const Job& job, const GpuViews& views,
                                    T* plane, int channel, const Scaled& pixels) {
     const int down = int(views.stride[3]), across = int(views.stride[4]);
-    const float view_scale = views.scale[channel];
-    const Scaled stored{pixels.values, pixels.scale * view_scale,
-                        pixels.shift * view_scale + views.shift[channel]};
-    if (views.together > 1) {
+    const Scaled stored = as_stored(views, channel, pixels);
+    if (views.together > 1 && across == 1) {
         T* first = plane + unsigned(job.row * down + job.column);
         for_pairs(args, job, [&](int i, int, int) {
             put_two(first + pair_offset(i, down), stored[i], stored[i + 1]);
@@ -273,6 +276,24 @@ __device__ inline void put_channel(const GpuRoundArgs& args, const Job& job, con
             put(plane + unsigned(y * down + x * across), stored[i]);
         });
     }
+}
+
+// To a view whose channels lie side by side: a pair is three times two neighbours. Called for one
+// channel after the other; they are put as soon as they are there, for registers are scarce.
+template <class T>
+__device__ inline void put_interleaved(const GpuRoundArgs& args, const Job& job, T* view, int down,
+                                       int channel, const float (&stored)[3][pixels_each]) {
+    if (channel == 0) return;
+    T* first = view + unsigned(job.row * down + 3 * job.column);
+    for_pairs(args, job, [&](int i, int, int) {
+        T* to = first + i / 4 * 8 * down + i / 2 % 2 * 8 * 3;
+        if (channel == 1) {
+            put_two(to, stored[0][i], stored[1][i]);
+        } else {
+            put_two(to + 2, stored[2][i], stored[0][i + 1]);
+            put_two(to + 4, stored[1][i + 1], stored[2][i + 1]);
+        }
+    });
 }
 
 // --------------------------------------------------------------------------------------- colours

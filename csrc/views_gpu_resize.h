@@ -14,7 +14,7 @@ namespace {
 // parts: what the first leaves of them, for twice as many bits.
 template <int parts>
 struct Taps {
-    struct alignas(16) {
+    struct alignas(16) Part {
         uint32_t pairs[4];
     } part[parts];
 
@@ -99,31 +99,44 @@ __device__ inline void place_in_row(Axis& axis, int left, int width, int aligned
     if (width >= 16 * axis.steps) axis.begin = min2(axis.begin, width - left - 16 * axis.steps);
 }
 
-constexpr int held = 4;  // steps along an axis whose taps are worked out once
-
-template <int parts>
+// Taps of `count` steps along an axis, worked out once. A lane reads its own.
+template <int parts, int count>
 struct HeldTaps {
-    Taps<parts> step[held][warp_size];
+    typename Taps<parts>::Part step[count][parts][warp_size];  // no bank conflicts
+
+    __device__ void keep(int i, const Taps<parts>& taps) {
+#pragma unroll
+        for (int k = 0; k < parts; ++k) step[i][k][threadIdx.x % warp_size] = taps.part[k];
+    }
+    __device__ Taps<parts> of(int i) const {
+        Taps<parts> taps;
+#pragma unroll
+        for (int k = 0; k < parts; ++k) taps.part[k] = step[i][k][threadIdx.x % warp_size];
+        return taps;
+    }
 };
 
-// The taps of a lane; in the usual case all are held.
-template <bool usual, int parts>
-__device__ inline Taps<parts> taps_down(const Axis& axis, const HeldTaps<parts>& taps, int step) {
-    if (usual || step < held) return taps.step[step][threadIdx.x % warp_size];
-    return axis.taps_of_rows<parts>(step);
+template <class Source, int parts, int count>
+__device__ inline Taps<parts> taps_down(const Axis& axis, const HeldTaps<parts, count>& taps,
+                                        int step) {
+    constexpr bool all = Source::is_usual && count >= Source::most_steps;
+    if (!all && step >= count) return axis.taps_of_rows<parts>(step);
+    return taps.of(step);
 }
 
-template <bool usual, int parts>
-__device__ inline Taps<parts> taps_across(const Axis& axis, const HeldTaps<parts>& taps, int step) {
-    if (usual || step < held) return taps.step[step][threadIdx.x % warp_size];
-    return axis.taps_of_columns<parts>(step);
+template <class Source, int parts, int count>
+__device__ inline Taps<parts> taps_across(const Axis& axis, const HeldTaps<parts, count>& taps,
+                                          int step) {
+    constexpr bool all = Source::is_usual && count >= Source::most_steps;
+    if (!all && step >= count) return axis.taps_of_columns<parts>(step);
+    return taps.of(step);
 }
 
 // A warp's 16 x 16 pixels. gain_down: 1 / the sums of the taps of the lane's rows.
-template <int parts, class Source>
+template <int parts, class Source, class Down, class Across>
 __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& args,
                               const Source& source, const Axis& down, const Axis& across,
-                              const HeldTaps<parts>& held_down, const HeldTaps<parts>& held_across,
+                              const Down& held_down, const Across& held_across,
                               const float (&gain_down)[2]) {
     constexpr bool usual = Source::is_usual;
     constexpr int at_once = Source::many_registers ? 1 : 2;  // times 8 source rows, half a step
@@ -134,7 +147,7 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
     if (steps_down < 1 || steps_across < 1) __builtin_unreachable();  // loops need not ask
     float gain[4] = {};  // sums of the taps, of columns group and group + 8
 #pragma unroll 1
-    for (int k = 0; k < steps_across; ++k) taps_across<usual>(across, held_across, k).add_to(gain);
+    for (int k = 0; k < steps_across; ++k) taps_across<Source>(across, held_across, k).add_to(gain);
     // Halves are finest around zero: the middle is left out of what is summed along a row.
     float start[3][4] = {};
     if constexpr (!Source::centred) {
@@ -164,7 +177,7 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
                     for (int i = 0; i < 4; ++i) columns[u][c][i] = start[c][i];
             }
             const auto add_columns = [&](int k) {
-                const Taps<parts> taps = taps_across<usual>(across, held_across, k);
+                const Taps<parts> taps = taps_across<Source>(across, held_across, k);
 #pragma unroll
                 for (int u = 0; u < at_once; ++u) {
                     const FourPixels four = source.next(place[u]);
@@ -174,7 +187,7 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
                 }
             };
             add_columns(0);  // apart: the sums need not be copied then
-            if constexpr (Source::two_steps) {
+            if constexpr (usual && Source::most_steps == 2) {
                 if (steps_across > 1) add_columns(1);
             } else {
 #pragma unroll 1
@@ -191,7 +204,7 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
                     pairs[begin + u][c][1] = to_halves(its[2], its[3]);
                 }
         }
-        const Taps<parts> taps = taps_down<usual>(down, held_down, step);
+        const Taps<parts> taps = taps_down<Source>(down, held_down, step);
 #pragma unroll
         for (int c = 0; c < 3; ++c)
 #pragma unroll
@@ -215,64 +228,83 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
     }
 }
 
-template <int parts>
+template <int parts, int most>
 struct ResizeMemory {
-    // What some warps still read of a tile, others do not overwrite for the next one.
-    HeldTaps<parts> down[blocks_y], across[2][blocks_x];
-    Jitter colors;
+    static constexpr int across_held = most < 5 - parts ? most : 5 - parts;  // within 48 KB
+    HeldTaps<parts, most> down[blocks_y];
+    HeldTaps<parts, across_held> across[warps];
+};
+
+// The axes of all blocks of 16 columns, up to 32 of them at a time: a lane has one.
+struct Columns {
+    Axis of_lane;
+    int crop_left, row_length, aligned;
+
+    __device__ void set(const GpuRoundArgs& args, const ViewParams& p, int first_block) {
+        const int start = (first_block + int(threadIdx.x) % warp_size) * side;
+        // Flipping commutes with all that comes before the patch.
+        of_lane = axis_of(int(p.crop_width), args.width, start, p.flip != 0);
+        place_in_row(of_lane, int(p.crop_left), row_length, aligned);
+    }
+    __device__ Axis of(int block) const {
+        Axis axis = of_lane;
+        axis.start = block * side;
+        axis.begin = __shfl_sync(all_lanes, of_lane.begin, block % warp_size);
+        axis.steps = __shfl_sync(all_lanes, of_lane.steps, block % warp_size);
+        return axis;
+    }
 };
 
 // The rows of a block; returns the sum of the thread's gray. `row_length`: of the source;
-// `aligned`: pixels at a multiple of which reading begins.
+// `aligned`: pixels at a multiple of which reading begins. Warps share the taps of the rows alone,
+// and do not wait for each other.
 template <int parts, class Source>
 __device__ inline float resize_rows(const GpuRoundArgs& args, Job& job, const ViewParams& p,
                                     const Source& source, int row_length, int aligned,
-                                    ResizeMemory<parts>& memory) {
-    const int lane = threadIdx.x % warp_size, block_y = job.block_y(), block_x = job.block_x();
-    const Axis down = axis_of(int(p.crop_height), args.height, job.top + block_y * side, 0);
+                                    const Jitter& colors,
+                                    ResizeMemory<parts, Source::most_steps>& memory) {
+    // A warp keeps its 16 rows. Where a view ends, a block has fewer of them, with more warps each.
+    const int rows_left = args.height - job.top;
+    const int sharing = rows_left > 2 * side ? warps / 4 : rows_left > side ? warps / 2 : warps;
+    const int block_y = job.warp / sharing, first = job.warp % sharing;
+    const int row = job.top + block_y * side;
+    const Axis down = axis_of(int(p.crop_height), args.height, row, 0);
+    Columns columns{{}, int(p.crop_left), row_length, aligned};
+    columns.set(args, p, 0);
+    auto& taps_of_rows = memory.down[block_y];
 #pragma unroll 1
-    for (int step = block_x; step < min2(down.steps, held); step += blocks_x)
-        memory.down[block_y].step[step][lane] = down.taps_of_rows<parts>(step);
+    for (int step = first; step < min2(down.steps, Source::most_steps); step += sharing)
+        taps_of_rows.keep(step, down.taps_of_rows<parts>(step));
     __syncthreads();
     float sums_down[4] = {};  // of the taps, of rows group and group + 8
 #pragma unroll 1
     for (int step = 0; step < down.steps; ++step)
-        taps_down<Source::is_usual>(down, memory.down[block_y], step).add_to(sums_down);
+        taps_down<Source>(down, taps_of_rows, step).add_to(sums_down);
     const float gain_down[2] = {quick_inverse(sums_down[0]), quick_inverse(sums_down[2])};
+    auto& taps = memory.across[job.warp];
     float sum = 0;
-    Axis of_lane;  // of 16 columns of the view, other ones for every lane
 #pragma unroll 1
-    for (int left = 0; left < args.width; left += tile_x) {
-        move_to(job, args, left);
-        // Flipping commutes with all that comes before the patch.
-        if (left % (side * warp_size) == 0) {
-            of_lane = axis_of(int(p.crop_width), args.width, left + lane * side, p.flip != 0);
-            place_in_row(of_lane, int(p.crop_left), row_length, aligned);
-        }
-        const int its_lane = left / side % warp_size + block_x;
-        Axis across = of_lane;
-        across.start = left + block_x * side;
-        across.begin = __shfl_sync(all_lanes, of_lane.begin, its_lane);
-        across.steps = __shfl_sync(all_lanes, of_lane.steps, its_lane);
-        HeldTaps<parts>& taps = memory.across[left / tile_x % 2][block_x];
+    for (int block = first; block * side < args.width; block += sharing) {
+        if (block >= warp_size && block % warp_size < sharing) columns.set(args, p, block - first);
+        const Axis across = columns.of(block);
 #pragma unroll 1
-        for (int step = block_y; step < min2(across.steps, held); step += blocks_y)
-            taps.step[step][lane] = across.taps_of_columns<parts>(step);
-        __syncthreads();
+        for (int step = 0; step < min2(across.steps, memory.across_held); ++step)
+            taps.keep(step, across.taps_of_columns<parts>(step));
+        move_to(job, args, row, block * side);
         if (job.inside()) {
             Rgb pixels[pixels_each];
-            resize(pixels, args, source, down, across, memory.down[block_y], taps, gain_down);
-            adjust(pixels, memory.colors, 0, memory.colors.contrast_at);
+            resize<parts>(pixels, args, source, down, across, taps_of_rows, taps, gain_down);
+            adjust(pixels, colors, 0, colors.contrast_at);
             KeptPixels<Source::packed>(args, job).put(args, job, pixels);
-            Rgb of_tile = {};
+            Rgb of_block = {};
             const auto add = [&](const Rgb& q) {
-                of_tile = {of_tile.r + q.r, of_tile.g + q.g, of_tile.b + q.b};
+                of_block = {of_block.r + q.r, of_block.g + q.g, of_block.b + q.b};
             };
             for_pairs(args, job, [&](int i, int, int x) {
                 add(pixels[i]);
                 if (x + 1 < args.width) add(pixels[i + 1]);
             });
-            sum += gray(of_tile.r, of_tile.g, of_tile.b);
+            sum += gray(of_block.r, of_block.g, of_block.b);
         }
     }
     return sum;
@@ -281,40 +313,45 @@ __device__ inline float resize_rows(const GpuRoundArgs& args, Job& job, const Vi
 // Crop, resize, flip, and colours up to contrast. parts: of taps, two for views in float32.
 template <int parts>
 __global__ void __launch_bounds__(threads, 2) resize_kernel(const GpuRoundArgs args) {
-    __shared__ ResizeMemory<parts> memory;
+    __shared__ ResizeMemory<parts, held> memory;
+    __shared__ Jitter colors;
     Job job = job_of_rows(args);
     const ViewParams& p = row_of(args, job);
     // Read after the first barrier.
-    if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);
+    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
     const int row_length = int(args.images[3 * int64_t(job.image) + 2]);
     const int steps_across = most_steps(int(p.crop_width), args.width);
     const int steps_down = most_steps(int(p.crop_height), args.height);
     float sum;
     if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {
         const CropOfImage<true> source(args, job, p);
-        sum = resize_rows(args, job, p, source, row_length, 1, memory);
+        sum = resize_rows(args, job, p, source, row_length, 1, colors, memory);
     } else {
         const CropOfImage<false> source(args, job, p);
-        sum = resize_rows(args, job, p, source, row_length, 1, memory);
+        sum = resize_rows(args, job, p, source, row_length, 1, colors, memory);
     }
     keep_sum(args, job, sum);
 }
 
 // The same from finished views, which hold T.
-template <class T, bool usual>
+template <class T, Reads reads>
 __global__ void __launch_bounds__(threads, 2) resize_view_kernel(const GpuRoundArgs args) {
+    using Source = CropOfView<T, reads>;
     constexpr int parts = std::is_same_v<T, float> ? 2 : 1;
-    __shared__ ResizeMemory<parts> memory;
+    __shared__ ResizeMemory<parts, Source::most_steps> memory;
+    __shared__ Jitter colors;
     Job job = job_of_rows(args);
     const ViewParams& p = row_of(args, job);
-    if (threadIdx.x == 0) set_jitter_of_view(memory.colors, p);
-    const CropOfView<T, usual> source(args, job, p);
-    keep_sum(args, job, resize_rows(args, job, p, source, args.width, usual ? 4 : 1, memory));
+    if (threadIdx.x == 0) set_jitter_of_view(colors, p);
+    const Source source(args, job, p);
+    const int aligned = Source::is_usual ? 4 : 1;
+    keep_sum(args, job, resize_rows(args, job, p, source, args.width, aligned, colors, memory));
 }
 
 // A crop of a view is never larger than a view: there are two steps at most.
-inline bool reads_as_usual(const GpuViews& source, int width) {
-    return source.together == 4 && width >= 2 * 16;
+inline Reads reads_of(const GpuViews& source, int width) {
+    if (source.together < 4 || width < 2 * 16) return Reads::pixels;
+    return source.interleaved ? Reads::interleaved : Reads::planes;
 }
 
 }  // namespace

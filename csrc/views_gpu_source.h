@@ -13,6 +13,8 @@ struct FourPixels {
     uint32_t r[2], g[2], b[2];
 };
 
+constexpr int held = 4;  // steps of 16 pixels whose taps are worked out once
+
 // The pixels of a decoded image, in a crop: halves are 1024 + a byte, which takes no conversion.
 // `usual`: whatever is read of a row ends in it, and neither axis takes more than `held` steps (see
 // views_gpu_resize.h).
@@ -21,7 +23,7 @@ struct CropOfImage {
     static constexpr bool is_usual = usual;
     static constexpr bool packed = false;          // whether views made from it are kept packed
     static constexpr bool many_registers = false;  // whether reading it takes them
-    static constexpr bool two_steps = false;       // along a row, at most
+    static constexpr int most_steps = held;        // of 16 pixels along an axis, if usual
     static constexpr bool centred = false;         // whether a half of zero is the middle
     static constexpr float middle = 128 / 255.f;   // in [0, 1]
     const uint8_t* corner;
@@ -68,14 +70,18 @@ struct CropOfImage {
     __device__ static float worth(const GpuRoundArgs&, int) { return 1 / 255.f; }
 };
 
+// Four neighbours of a view at once, of a channel or, where these lie side by side, of all; or one
+// pixel at a time.
+enum class Reads { planes, interleaved, pixels };
+
 // The same of a finished view: halves are its normalised values, of float32 less the middle.
-// `usual`: four neighbours can be read at once, too.
-template <class T, bool usual>
+template <class T, Reads reads>
 struct CropOfView {
     static constexpr bool is_half = std::is_same_v<T, Half>;
-    static constexpr bool is_usual = usual, packed = is_half;
+    static constexpr bool usual = reads != Reads::pixels, is_usual = usual, packed = is_half;
+    static constexpr int step = reads == Reads::interleaved ? 3 : 1;  // from pixel to pixel
     static constexpr bool many_registers = !is_half;
-    static constexpr bool two_steps = usual;  // as a crop is not larger than its view
+    static constexpr int most_steps = 2;  // as a crop is not larger than its view
     static constexpr bool centred = !is_half;
     static constexpr float middle = 0.5f;
     Planes<const T> view;
@@ -96,35 +102,12 @@ struct CropOfView {
         view.r += top, view.g += top, view.b += top;
     }
     __device__ Place at(int row, int column) const {
-        const unsigned at = row * view.down + (usual ? left + column : 0);
+        const unsigned at = row * view.down + (usual ? step * (left + column) : 0);
         return {view.r + at, view.g + at, view.b + at, left + column};
     }
     __device__ FourPixels next(Place& place) const {
-        FourPixels found;
-        const auto read = [&](uint32_t (&to)[2], const T* plane, int c) {
-            if constexpr (usual && is_half) {
-                const uint2 four = *reinterpret_cast<const uint2*>(plane);
-                to[0] = four.x, to[1] = four.y;
-            } else {
-                float4 four;
-                if constexpr (usual) {
-                    four = *reinterpret_cast<const float4*>(plane);
-                } else {
-                    const auto it = [&](int i) {
-                        const int column = min2(place.column + i, most);
-                        return value_of(plane[column * view.across]);
-                    };
-                    four = {it(0), it(1), it(2), it(3)};
-                }
-                const float less = is_half ? 0 : half_way[c];  // halves are finest around zero
-                to[0] = to_halves(four.x - less, four.y - less);
-                to[1] = to_halves(four.z - less, four.w - less);
-            }
-        };
-        read(found.r, place.r, 0);
-        read(found.g, place.g, 1);
-        read(found.b, place.b, 2);
-        if (usual) place.r += 16, place.g += 16, place.b += 16;
+        const FourPixels found = four(place);
+        if (usual) place.r += 16 * step, place.g += 16 * step, place.b += 16 * step;
         place.column += 16;
         return found;
     }
@@ -133,6 +116,51 @@ struct CropOfView {
     }
     __device__ static float worth(const GpuRoundArgs& args, int channel) {
         return args.source.inverse_scale[channel];
+    }
+
+  private:
+    __device__ FourPixels four(const Place& place) const {
+        if constexpr (reads == Reads::interleaved && is_half) {
+            const auto* from = reinterpret_cast<const uint2*>(place.r);
+            const uint2 a = from[0], b = from[1], c = from[2];
+            const auto low_high = [](uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x7610); };
+            const auto high_low = [](uint32_t x, uint32_t y) { return __byte_perm(x, y, 0x5432); };
+            return {{low_high(a.x, a.y), low_high(b.y, c.x)},
+                    {high_low(a.x, b.x), high_low(b.y, c.y)},
+                    {low_high(a.y, b.x), low_high(c.x, c.y)}};
+        } else if constexpr (reads == Reads::interleaved) {
+            const auto* from = reinterpret_cast<const float4*>(place.r);
+            const float4 a = from[0], b = from[1], c = from[2];
+            FourPixels found;
+            centre(found.r, {a.x, a.w, b.z, c.y}, 0);
+            centre(found.g, {a.y, b.x, b.w, c.z}, 1);
+            centre(found.b, {a.z, b.y, c.x, c.w}, 2);
+            return found;
+        } else {
+            FourPixels found;
+            read(found.r, place.r, place.column, 0);
+            read(found.g, place.g, place.column, 1);
+            read(found.b, place.b, place.column, 2);
+            return found;
+        }
+    }
+    __device__ void centre(uint32_t (&to)[2], const float4& four, int channel) const {
+        const float less = is_half ? 0 : half_way[channel];  // halves are finest around zero
+        to[0] = to_halves(four.x - less, four.y - less);
+        to[1] = to_halves(four.z - less, four.w - less);
+    }
+    __device__ void read(uint32_t (&to)[2], const T* plane, int column, int channel) const {
+        if constexpr (usual && is_half) {
+            const uint2 four = *reinterpret_cast<const uint2*>(plane);
+            to[0] = four.x, to[1] = four.y;
+        } else if constexpr (usual) {
+            centre(to, *reinterpret_cast<const float4*>(plane), channel);
+        } else {
+            const auto it = [&](int i) {
+                return value_of(plane[min2(column + i, most) * view.across]);
+            };
+            centre(to, {it(0), it(1), it(2), it(3)}, channel);
+        }
     }
 };
 

@@ -196,6 +196,18 @@ def test_views_equal_reference(name, dtype):
 
 
 @pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", [*ALLOWED, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("name", ["ragged", "cutpaste", "no spd", "view of one column"])
+def test_channels_side_by_side(name, dtype):
+    """Other kernels read and store them, if rows have pairs of pixels, and give the same."""
+    images, params, size = view_case(name)
+    planes = cuda_views(images, params, size, dtype)
+    found = cuda_views(images, params, size, dtype, channels_last=True)
+    assert found.stride(2) == 1
+    assert torch.equal(found, planes)
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_every_jitter_order():
     images, params, size = view_case("cutpaste")
     for order in range(24):
@@ -332,13 +344,13 @@ WRONG_RESULTS = (
     ("colors, blur);\n            __syncthreads();", "colors, blur);"),
     ("{pairs[2 * s + 1], pairs[2 * s + 2]});", "{pairs[2 * s], pairs[2 * s + 2]});"),
     ("    __syncthreads();\n    float sum = 0;", "    float sum = 0;"),  # of the block's gray
-    # The resize's taps are not there yet, or are the next tile's, or are another lane's.
-    ("memory.across[left / tile_x % 2]", "memory.across[0]"),
-    ("        __syncthreads();\n        if (job.inside()) {", "        if (job.inside()) {"),
+    # The resize's taps are not there yet, or are of other rows, or are another lane's.
+    ("    __syncthreads();\n    float sums_down", "    float sums_down"),
+    ("taps_of_rows = memory.down[block_y]", "taps_of_rows = memory.down[0]"),
     ("taps<parts>(first, first + 8)", "taps<parts>(first, first + 6)"),
     ("8 * member + column % 2 * 4", "8 * member"),  # of the sums of taps
     ("__byte_perm(y, z, 0x6532)", "__byte_perm(y, z, 0x6531)"),  # another channel's byte
-    ("left / side % warp_size + block_x", "left / side % warp_size"),
+    ("of_lane.begin, block % warp_size", "of_lane.begin, block % 2"),
     ("divided(blockIdx.x, args.per_tile)", "divided(blockIdx.x, args.per_tile) / 2"),
     ("if (place < rows)", "if (place + 5 < rows)"),  # no alpha of the last rows
 )
@@ -355,8 +367,8 @@ MISSED = (
     ("shfl_xor_sync(all_lanes, sq", "shfl_xor_sync(all_lanes / 2, sq", "in its own mask"),
     ("    float squares = 0;", "    if (lane == 5) return; float squares = 0;", "do not come"),
     (
-        "        __syncthreads();\n        if (job.inside()) {",
-        "        if (lane) __syncthreads(); if (job.inside()) {",
+        "    __syncthreads();\n    float sums_down",
+        "    if (threadIdx.x % warp_size) __syncthreads(); float sums_down",
         "do not come",
     ),
     ("__syncthreads();\n\n    const T", "if (warp) __syncthreads(); const T", "do not come"),
@@ -381,7 +393,7 @@ OUT_OF_BOUNDS = (
     (VIEWS, "+ 3 * column;", "+ 3 * (column + 50 * 61);", "AddressSanitizer"),  # pixels
     (TINY, "min2(place.from + i, last)", "place.from + i", "AddressSanitizer"),
     (VIEWS, "axis.begin -= lead;", "", "misaligned address"),
-    (VIEWS, "taps.step[step][lane] =", "taps.step[step + held][lane] =", "AddressSanitizer"),
+    (VIEWS, "] = taps.part[k];", " + count * 128] = taps.part[k];", "AddressSanitizer"),
     (VIEWS, "to[k][2 * BlurMemory", "to[k][9 * BlurMemory", "global-buffer-overflow"),
 )
 

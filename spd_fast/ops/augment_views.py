@@ -136,18 +136,19 @@ def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
         n, height, width, _ = batch.shape
         table = [[0, i * height * width * 3, height, width] for i in range(n)]
         return [batch.contiguous()], torch.tensor(table, dtype=torch.int64).view(-1, 4)
-    buffers, table = [], []
-    for i, image in enumerate(images):
-        tensor = _as_tensor(image)
-        shape = tensor.shape
+    # Written for lists of hundreds of images on a GPU, whose kernels are soon done: no loop in Python
+    # does more than it must.
+    tensors = [image if type(image) is Tensor else _as_tensor(image) for image in images]
+    shapes = [tensor.shape for tensor in tensors]
+    for i, shape in enumerate(shapes):
         if len(shape) != 3 or shape[2] != 3:
             raise InputError(f"images[{i}] must be (H, W, 3), got {tuple(shape)}")
-        table.append((i, 0, shape[0], shape[1]))
-        buffers.append(tensor.contiguous())
-    return (
-        buffers or [torch.empty(0, dtype=torch.uint8)],
-        torch.tensor(table, dtype=torch.int64).view(-1, 4),
-    )
+    layout = np.zeros((len(tensors), 4), np.int64)
+    if tensors:
+        layout[:, 0] = np.arange(len(tensors))
+        layout[:, 2], layout[:, 3], _ = zip(*shapes)
+    buffers = [tensor.contiguous() for tensor in tensors]
+    return buffers or [torch.empty(0, dtype=torch.uint8)], torch.from_numpy(layout)
 
 
 def _as_tensor(image: Image) -> Tensor:
@@ -185,8 +186,9 @@ def check(
     std: Sequence[float],
 ) -> None:
     """Refuse what no backend can take. The tables are on the CPU, so nothing synchronises."""
+    uint8 = torch.uint8
     for i, buffer in enumerate(buffers):
-        if buffer.dtype != torch.uint8:
+        if buffer.dtype is not uint8:
             raise InputError(f"images must be uint8, got {buffer.dtype} (image or buffer {i})")
         if not buffer.is_contiguous():
             raise InputError(f"buffers must be contiguous, number {i} is not")

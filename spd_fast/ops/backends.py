@@ -144,9 +144,9 @@ def not_on_cpu(tensors: Sequence[torch.Tensor]) -> list[str]:
 
 def not_on_one_gpu(tensors: Sequence[torch.Tensor]) -> list[str]:
     """The GPU backends' reason against tensors on other devices."""
-    devices = sorted({str(t.device) for t in tensors})
+    devices = {t.device for t in tensors}
     if len(devices) > 1 or not tensors[0].is_cuda:
-        return [f"needs tensors on one GPU, got {', '.join(devices)}"]
+        return [f"needs tensors on one GPU, got {', '.join(sorted(map(str, devices)))}"]
     capability = torch.cuda.get_device_capability(tensors[0].device)
     return [] if capability >= OLDEST_GPU else ["needs a GPU of compute capability 7.5 or newer"]
 

@@ -313,8 +313,12 @@ def _factor_reasons(scatter) -> list[str]:
 
 
 def _factor_native(scatter, d, count, ridge, threads) -> None:
-    if native.gaussian_factor(scatter.numpy(), d, count, ridge, thread_count(threads)) >= 0:
-        raise InputError("a covariance is not positive definite")
+    bad = native.gaussian_factor(scatter.numpy(), d, count, ridge, thread_count(threads))
+    if bad >= 0:
+        raise InputError(
+            f"the covariance of position {bad} is not positive definite: features are not finite, "
+            f"or so large that {ridge:g} is lost when it is added to their variances"
+        )
 
 
 def _exactly(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ that resizes, one that finishes the views, and one that pastes patches if there 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ def make_views(
     contiguous and in pinned memory, else the table as it was.
     """
     pixels = buffers[0].view(-1)
-    starts = torch.tensor([buffer.data_ptr() for buffer in buffers])
+    starts = torch.from_numpy(np.array([buffer.data_ptr() for buffer in buffers], np.int64))
     images = layout[:, 1:].clone()  # offset, height, width
     images[:, 0] += (starts - starts[0])[layout[:, 0]]
     groups, sources = groups_of(params)
