@@ -43,6 +43,8 @@ def read_layers(network: nn.Module, images: Tensor) -> list[Tensor]:
     Raises:
         InputError: wrong shape or dtype.
     """
+    if not isinstance(images, Tensor):
+        raise InputError(f"images must be a float tensor (B, 3, H, W), got {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise InputError(
             f"images must be a float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"

@@ -1,5 +1,6 @@
 """Writing files so that nothing already written is ever lost."""
 
+import errno
 import json
 import os
 import shutil
@@ -236,9 +237,11 @@ def read_state(path: str | Path, what: str, mmap: bool = False):
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path)
         )
-    except OSError as error:  # a directory, no permission
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds for files that are not its own
+        # A directory, no permission. Of a file that was cut off, what lies before its beginning is
+        # looked for, which is EINVAL.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
         raise InputError(f"{path} is not {what}, or is damaged ({type(error).__name__})") from error
 
 

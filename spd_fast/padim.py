@@ -106,7 +106,7 @@ class PaDiM:
         wanted = N_FEATURES.get(backbone) if n_features is None else n_features
         if wanted is None:
             raise InputError(f"n_features has no default for {backbone}: give it (at most {total})")
-        if not 1 <= wanted <= total:
+        if not isinstance(wanted, int) or not 1 <= wanted <= total:
             raise InputError(f"n_features must be 1..{total} for {backbone}, got {wanted}")
         # Sorted, so that neighbours in the list are neighbours in the feature maps.
         generator = torch.Generator().manual_seed(seed)

@@ -286,8 +286,14 @@ class PatchCore:
             for name in ("coreset_ratio", "seed", "count", "patch_count"):
                 setattr(model, name, state[name])
             model.image_size = tuple(state["image_size"])
+            probe = model.network(torch.zeros(1, 3, 64, 64, device=model.device))
+            wanted = model.settings.patch_dim or sum(layer.shape[1] for layer in probe[1:])
+            if state["bank"].ndim != 2 or state["bank"].shape[1] != wanted:
+                shape = tuple(state["bank"].shape)
+                raise InputError(f"patches have {wanted} features, its bank is {shape}")
             model.bank = prepare_bank(state["bank"].float().to(model.device))
-        except (KeyError, RuntimeError, InputError) as error:  # a part is missing or cannot be so
+        # A part is missing or cannot be so.
+        except (KeyError, RuntimeError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{path} is a damaged PatchCore: {error}") from error
         return model
 

@@ -91,6 +91,7 @@ def test_compile_reaches_the_network(visa, tmp_path, monkeypatch):
 def test_an_interrupted_evaluation_goes_on(visa, tmp_path, capsys):
     evaluate(config(visa, tmp_path, category=("board",)))
     before = (tmp_path / "categories/board/result.json").stat().st_mtime_ns
+    assert not (tmp_path / "unfinished").exists()
     evaluate(config(visa, tmp_path))
     assert (tmp_path / "categories/board/result.json").stat().st_mtime_ns == before
     assert (tmp_path / "categories/nut/result.json").exists()

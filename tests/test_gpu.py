@@ -1,7 +1,4 @@
-"""What only a GPU can show: streams, captured graphs, torch.compile, and the device's arithmetic.
-
-None of this has run yet: docs/gpu.md.
-"""
+"""What only a GPU can show: streams, captured graphs, torch.compile, and the device's arithmetic."""
 
 from contextlib import contextmanager
 

@@ -43,7 +43,7 @@ def test_the_table_goes_into_the_readme_and_info(monkeypatch, tmp_path):
     for title in ("GPU one", "GPU two"):
         gpu.write_down(title, gpu.as_markdown(rows, 3e12))
     text = (tmp_path / "README.md").read_text()
-    assert "GPU two" in text and "GPU one" not in text and "Not yet measured" not in text
+    assert "GPU two" in text and "GPU one" not in text and "measured there in parts" not in text
     assert "| four views | cuda | 1.25 | 1500 | 50% |  |" in text
     assert (tmp_path / "measured.txt").read_text() == "GPU two\n"
     assert text.count("# ") == README.read_text().count("# ")  # the rest is there

@@ -304,6 +304,9 @@ def test_wrong_use_is_named(tmp_path):
         PaDiM(weights="random").save(tmp_path / "x.pt")
     with pytest.raises(InputError, match="fitted on 224 x 224"):
         model.score(train[:, :, :222, :])
+    for images in (train.numpy(), [train]):
+        with pytest.raises(InputError, match=r"float tensor \(B, 3, H, W\), got (ndarray|list)"):
+            model.score(images)
     with pytest.raises(InputError, match=r"must be a float \(B, 3, H, W\)"):
         model.score(train[0])
     assert torch.equal(  # an empty batch changes nothing
@@ -328,6 +331,8 @@ def test_wrong_use_is_named(tmp_path):
         PaDiM(weights="random", factor_dtype="int4")
     with pytest.raises(InputError, match="n_features must be 1..448"):
         PaDiM(weights="random", n_features=0)
+    with pytest.raises(InputError, match="n_features must be 1..448 .* got 10.5"):
+        PaDiM(weights="random", n_features=10.5)
     with pytest.raises(InputError, match="there is no file"):
         PaDiM.load(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -339,9 +344,10 @@ def test_wrong_use_is_named(tmp_path):
     model.fit([train])
     model.save(tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cut.pt is not a saved PaDiM, or is damaged"):
-        PaDiM.load(tmp_path / "cut.pt")
+    for length in (len(whole) // 2, 20_000, 100):
+        (tmp_path / "cut.pt").write_bytes(whole[:length])
+        with pytest.raises(InputError, match="cut.pt is not a saved PaDiM, or is damaged"):
+            PaDiM.load(tmp_path / "cut.pt")
     state = torch.load(tmp_path / "whole.pt", weights_only=True)
     torch.save(state | {"version": 99}, tmp_path / "new.pt")
     with pytest.raises(InputError, match="has version 99"):

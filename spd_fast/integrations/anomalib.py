@@ -29,12 +29,14 @@ try:
     from anomalib.data import Batch, InferenceBatch
     from anomalib.models import Padim
     from anomalib.models.image.padim.torch_model import PadimModel
+    from anomalib.post_processing import PostProcessor
 except ImportError as error:
     raise ImportError(
         "spd_fast.integrations.anomalib needs anomalib: pip install 'spd-fast[anomalib]'"
     ) from error
 
 RIDGE = PRESETS["anomalib"].ridge  # it adds it to the covariance in two steps
+ROUNDING = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 5e-4, "int8": 5e-3}  # of a score
 
 
 def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Padim | PadimModel:
@@ -45,9 +47,10 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     inverse covariances and the factors.
     What has our scorer already is changed in place.
     The state dict stays anomalib's in keys and shapes, for which the inverse covariances are made
-    anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB. Thresholds stay as anomalib set
-    them, to the score of one validation image each, whose label rounding may turn over;
-    `Engine.validate` sets them anew.
+    anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB. anomalib's thresholds, each of
+    them the score of one validation image or pixel, are raised by what our rounding may add to it:
+    a hundred-thousandth, with float16 a two-thousandth, with int8 half a hundredth. Else its label
+    would be chance. `Engine.validate` sets them anew.
 
     Args:
         model: fitted by anomalib (`Engine.fit`, or loaded from its checkpoint), or by
@@ -61,7 +64,10 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
             positive definite.
     """
     if isinstance(model, Padim):
+        is_anomalibs = not isinstance(model.model, FastPadimModel)
         model.model = accelerate(model.model, factor_dtype)
+        if is_anomalibs and isinstance(model.post_processor, PostProcessor):
+            _raise_thresholds(model.post_processor, model.model.factor_dtype)
         return model
     if not isinstance(model, PadimModel):
         raise InputError(
@@ -75,6 +81,13 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     fast.factor = converted(fast.factor, len(fast.idx), find_dtype(factor_dtype))
     fast.factor_dtype, fast.packed_state = factor_dtype, False
     return fast
+
+
+@torch.no_grad()
+def _raise_thresholds(post_processor: PostProcessor, factor_dtype: str) -> None:
+    """What has exactly the threshold's score is normal for anomalib, and is to stay so."""
+    for name in ("_image_threshold", "_pixel_threshold"):  # NaN before the first validation
+        getattr(post_processor, name).mul_(1 + ROUNDING[factor_dtype])
 
 
 class FastPadimModel(PadimModel):
@@ -127,6 +140,13 @@ class FastPadimModel(PadimModel):
         if not self.is_fitted:
             raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
         layers, channels = self.layers_and_channels(input_tensor)
+        grid = layers[0].shape[2] * layers[0].shape[3]
+        if grid != len(self.mean):
+            raise InputError(
+                f"images are {' x '.join(map(str, input_tensor.shape[2:]))} pixels, of which "
+                f"{self.layers[0]} makes {grid} positions, but this Padim was fitted on images of "
+                f"{len(self.mean)}"
+            )
         distances = mahalanobis_map(layers, channels, self.mean, self.factor)
         smoothing = dict(sigma=self.sigma, radius=self.radius, border="reflect")
         maps = smooth_upsample(distances, tuple(input_tensor.shape[2:]), **smoothing)[:, None]
