@@ -125,7 +125,7 @@ class Views:
         return {
             # With photographs of this size always.
             "if (max2(steps_across, steps_down) <= held && 16 * steps_across <= row_length) {": 1,
-            "for (int step = first; step < min2(down.steps, Source::most_steps); step += sharing)": (
+            "for (int step = first; step < min2(down.steps, Source::most_steps); step += sharing)": (  # noqa: E501
                 down * self.inside / 2
             ),
             "for (int block = first; block * side < args.width; block += sharing) {": (

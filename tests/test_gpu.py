@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, captured graphs, torch.compile, and the device's arithmetic."""
+"""What only a GPU can show: streams, captured graphs, torch.compile, the device's arithmetic."""
 
 from contextlib import contextmanager
 

@@ -136,8 +136,8 @@ def _as_buffers(images) -> tuple[list[Tensor], Tensor]:
         n, height, width, _ = batch.shape
         table = [[0, i * height * width * 3, height, width] for i in range(n)]
         return [batch.contiguous()], torch.tensor(table, dtype=torch.int64).view(-1, 4)
-    # Written for lists of hundreds of images on a GPU, whose kernels are soon done: no loop in Python
-    # does more than it must.
+    # A GPU has soon made the views of hundreds of images, so no loop over these does more than it
+    # must.
     tensors = [image if type(image) is Tensor else _as_tensor(image) for image in images]
     shapes = [tensor.shape for tensor in tensors]
     for i, shape in enumerate(shapes):
