@@ -170,7 +170,7 @@ class Views:
                 (self.radius == 0) & (self["blur_sigma"] > 0), self["blur_sigma"] > 0
             ),
             "if (s < steps_across) {": steps_across / 3,
-            "if (views.together > 1 && across == 1) {": 1,
+            "if (views.together > 1) {": 1,
             "if (job.view < args.fine.count) fine = planes_of<Half>(args.fine, job.view, job.image);": (  # noqa: E501
                 0
             ),

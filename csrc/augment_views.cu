@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(threads, 2) paste_kernel(const GpuRoundArgs ar
         Rgb q[patch_pixels];
 #pragma unroll
         for (int k = 0; k < patch_pixels; ++k) {
-            const int i = min2(first + k * threads, area - 1);
+            const int its = first + k * threads, i = its < area ? its : first;
             q[k] = {box[i], box[args.room + i], box[2 * args.room + i]};
         }
         adjust(q, colors, 0, colors.contrast_at);
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(threads, 2) paste_kernel(const GpuRoundArgs ar
 #pragma unroll 1
             for (int first = threadIdx.x; first < rows * columns; first += patch_pixels * threads) {
                 PatchPixels patch{};
-                bool inside[patch_pixels] = {};  // the patch; around it is nothing to blend in
+                bool inside[patch_pixels] = {};  // the patch; around it is black
 #pragma unroll
                 for (int k = 0; k < patch_pixels; ++k) {
                     const int i = first + k * threads;

@@ -266,7 +266,7 @@ __device__ inline void put_channel(const GpuRoundArgs& args, const Job& job, con
                                    T* plane, int channel, const Scaled& pixels) {
     const int down = int(views.stride[3]), across = int(views.stride[4]);
     const Scaled stored = as_stored(views, channel, pixels);
-    if (views.together > 1 && across == 1) {
+    if (views.together > 1) {
         T* first = plane + unsigned(job.row * down + job.column);
         for_pairs(args, job, [&](int i, int, int) {
             put_two(first + pair_offset(i, down), stored[i], stored[i + 1]);

@@ -99,7 +99,7 @@ __device__ inline void place_in_row(Axis& axis, int left, int width, int aligned
     if (width >= 16 * axis.steps) axis.begin = min2(axis.begin, width - left - 16 * axis.steps);
 }
 
-// Taps of `count` steps along an axis, worked out once. A lane reads its own.
+// Taps of `count` steps along an axis, worked out once. A lane reads what the same lane has kept.
 template <int parts, int count>
 struct HeldTaps {
     typename Taps<parts>::Part step[count][parts][warp_size];  // no bank conflicts
@@ -230,7 +230,8 @@ __device__ inline void resize(Rgb (&pixels)[pixels_each], const GpuRoundArgs& ar
 
 template <int parts, int most>
 struct ResizeMemory {
-    static constexpr int across_held = most < 5 - parts ? most : 5 - parts;  // within 48 KB
+    // Four steps in two parts would take all of the 48 KB that a block may have.
+    static constexpr int across_held = most > 3 && parts == 2 ? 3 : most;
     HeldTaps<parts, most> down[blocks_y];
     HeldTaps<parts, across_held> across[warps];
 };
@@ -257,13 +258,14 @@ struct Columns {
 
 // The rows of a block; returns the sum of the thread's gray. `row_length`: of the source;
 // `aligned`: pixels at a multiple of which reading begins. Warps share the taps of the rows alone,
-// and do not wait for each other.
+// and once these are there do not wait for each other.
 template <int parts, class Source>
 __device__ inline float resize_rows(const GpuRoundArgs& args, Job& job, const ViewParams& p,
                                     const Source& source, int row_length, int aligned,
                                     const Jitter& colors,
                                     ResizeMemory<parts, Source::most_steps>& memory) {
-    // A warp keeps its 16 rows. Where a view ends, a block has fewer of them, with more warps each.
+    // A warp keeps its 16 rows. Where a view ends, a block has fewer of them: with one or two times
+    // 16, more warps share them; with three, a quarter of the warps has none.
     const int rows_left = args.height - job.top;
     const int sharing = rows_left > 2 * side ? warps / 4 : rows_left > side ? warps / 2 : warps;
     const int block_y = job.warp / sharing, first = job.warp % sharing;

@@ -79,7 +79,7 @@ template <class T, Reads reads>
 struct CropOfView {
     static constexpr bool is_half = std::is_same_v<T, Half>;
     static constexpr bool usual = reads != Reads::pixels, is_usual = usual, packed = is_half;
-    static constexpr int step = reads == Reads::interleaved ? 3 : 1;  // from pixel to pixel
+    static constexpr int apart = reads == Reads::interleaved ? 3 : 1;  // neighbours, in elements
     static constexpr bool many_registers = !is_half;
     static constexpr int most_steps = 2;  // as a crop is not larger than its view
     static constexpr bool centred = !is_half;
@@ -102,12 +102,12 @@ struct CropOfView {
         view.r += top, view.g += top, view.b += top;
     }
     __device__ Place at(int row, int column) const {
-        const unsigned at = row * view.down + (usual ? step * (left + column) : 0);
+        const unsigned at = row * view.down + (usual ? apart * (left + column) : 0);
         return {view.r + at, view.g + at, view.b + at, left + column};
     }
     __device__ FourPixels next(Place& place) const {
         const FourPixels found = four(place);
-        if (usual) place.r += 16 * step, place.g += 16 * step, place.b += 16 * step;
+        if (usual) place.r += 16 * apart, place.g += 16 * apart, place.b += 16 * apart;
         place.column += 16;
         return found;
     }

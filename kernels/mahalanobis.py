@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spd_fast.kernels.target import has_tensor_cores
 
-SCRATCH = 32 << 20  # bytes of centred features: they are read back while still in the L2 cache
+SCRATCH = 32 << 20  # bytes of centred features: they are read back from a large GPU's L2 cache
 MOST_POSITIONS = 1 << 15  # at a time: an axis of a launch has at most 65,535 blocks
 CHANNELS_TILE = 64
 POSITIONS_TILE = 32
@@ -116,13 +116,15 @@ def distances(
     total = tl.zeros([images_tile], tl.float32)
     # A bfloat16 factor is widened to what x is, float32.
     for first_row in range(0, 8 * panels, rows_tile):
-        i = first_row + tl.arange(0, rows_tile)
-        panel = i // 8  # divisions, not shifts: from them Triton sees 8 rows side by side
-        row = w + (32 * panel * (panel + 1) + i % 8)
-        width = tl.where(i < 8 * panels, 8 * (panel + 1), 0)
-        its_panel = first_row // 8 + tl.arange(0, rows_tile // 8)
-        start = w + 32 * its_panel * (its_panel + 1)
-        end = tl.where(its_panel < panels, 64 * (its_panel + 1), 0)
+        if split:
+            panel = first_row // 8 + tl.arange(0, rows_tile // 8)
+            start = w + 32 * panel * (panel + 1)
+            end = tl.where(panel < panels, 64 * (panel + 1), 0)
+        else:
+            i = first_row + tl.arange(0, rows_tile)
+            panel = i // 8  # divisions, not shifts: from them Triton sees 8 rows side by side
+            start = w + (32 * panel * (panel + 1) + i % 8)
+            end = tl.where(i < 8 * panels, 8 * (panel + 1), 0)
         product = tl.zeros([images_tile, rows_tile], tl.float32)
         for first_column in range(0, first_row + rows_tile, columns_tile):
             k = first_column + tl.arange(0, columns_tile)
@@ -136,8 +138,8 @@ def distances(
                 tile = tl.reshape(tile, [rows_tile // 8, columns_tile, 8])
                 tile = tl.reshape(tl.permute(tile, [1, 0, 2]), [columns_tile, rows_tile])
             else:
-                at = row[None, :] + 8 * k[:, None]
-                tile = tl.load(at, mask=k[:, None] < width[None, :], other=0.0)
+                at = start[None, :] + 8 * k[:, None]
+                tile = tl.load(at, mask=k[:, None] < end[None, :], other=0.0)
             tile = tile.to(high.dtype.element_ty)
             x = tl.load(high + x_row + k[None, :], mask=present, other=0.0)
             # "ieee": tensor cores would round float32 to 10 bits (TF32).

@@ -55,6 +55,13 @@ def read_layers(network: nn.Module, images: Tensor) -> list[Tensor]:
         return network(images)
 
 
+def channels_of_layers(network: nn.Module) -> list[int]:
+    """Of layer1 to layer3, or whichever the network gives."""
+    device = next(network.parameters()).device
+    with torch.inference_mode():
+        return [layer.shape[1] for layer in network(torch.zeros(1, 3, 64, 64, device=device))]
+
+
 def refuse_not_finite(layers: list[Tensor], backbone: str) -> None:
     """Raise InputError if a feature is NaN or infinite; `backbone` is what it calls the network."""
     for number, layer in enumerate(layers, 1):

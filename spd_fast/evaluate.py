@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -130,6 +130,9 @@ def _evaluate(config: EvaluateConfig, device: torch.device) -> dict:
                 failed[name] = _reason(error)
                 tqdm.write(f"{name} failed: {failed[name]}")
         failed = of_all_ranks(failed)
+        if not rank():
+            with suppress(OSError):  # a category that failed has left something in it
+                (out / UNFINISHED).rmdir()
         return agreed(_conclude, config, jobs, failed, chosen, started, out)
 
 

@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -118,8 +117,6 @@ def evaluate_category(
         np.savez(temporary / REPLICATES, key=key, **replicates)
         write_json(temporary / RESULT, {"fingerprint": fingerprint, "result": result})
     shutil.rmtree(unfinished)
-    with suppress(OSError):  # other categories are under way
-        unfinished.parent.rmdir()
 
 
 def _combined(draws: list[dict]) -> dict:

@@ -238,8 +238,8 @@ def read_state(path: str | Path, what: str, mmap: bool = False):
             path, map_location="cpu", weights_only=True, mmap=mmap and is_zipfile(path)
         )
     except Exception as error:  # torch raises many kinds for files that are not its own
-        # A directory, no permission. Of a file that was cut off, what lies before its beginning is
-        # looked for, which is EINVAL.
+        # A directory, no permission; but EINVAL is of a file that was cut off: torch then seeks to
+        # a negative offset.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
         raise InputError(f"{path} is not {what}, or is damaged ({type(error).__name__})") from error

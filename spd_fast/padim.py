@@ -4,6 +4,7 @@ Defard et al., "PaDiM", ICPR workshops 2021; the paper's 1-class method (section
 """
 
 import hashlib
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spd_fast.detector import (
+    channels_of_layers,
     check_image_size,
     feature_network,
     read_layers,
@@ -102,11 +104,15 @@ class PaDiM:
             check_can_compile(self.device)
         module = load_backbone(backbone, weights, seed=seed)
         self.network, self._run = feature_network(module, self.device, compile)
-        total = self._count_channels()
+        total = sum(channels_of_layers(self.network))
         wanted = N_FEATURES.get(backbone) if n_features is None else n_features
         if wanted is None:
             raise InputError(f"n_features has no default for {backbone}: give it (at most {total})")
-        if not isinstance(wanted, int) or not 1 <= wanted <= total:
+        try:
+            wanted = operator.index(wanted)
+        except TypeError:
+            raise InputError(f"n_features must be a whole number, got {wanted!r}") from None
+        if not 1 <= wanted <= total:
             raise InputError(f"n_features must be 1..{total} for {backbone}, got {wanted}")
         # Sorted, so that neighbours in the list are neighbours in the feature maps.
         generator = torch.Generator().manual_seed(seed)
@@ -127,11 +133,6 @@ class PaDiM:
         self.grid: tuple[int, int] | None = None  # height and width of layer1
         self.mean = self.factor = None
         self._scatter = None  # while fitting; becomes the factor
-
-    @torch.inference_mode()
-    def _count_channels(self) -> int:
-        probe = torch.zeros(1, 3, 64, 64, device=self.device)
-        return sum(layer.shape[1] for layer in self.network(probe))
 
     def features(self, images: Tensor) -> list[Tensor]:
         """layer1 to layer3 of (B, 3, H, W) normalised images: (B, C_l, H / 2^(l+1), ...).

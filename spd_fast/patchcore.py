@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from spd_fast.detector import (
+    channels_of_layers,
     check_image_size,
     feature_network,
     read_layers,
@@ -286,8 +287,7 @@ class PatchCore:
             for name in ("coreset_ratio", "seed", "count", "patch_count"):
                 setattr(model, name, state[name])
             model.image_size = tuple(state["image_size"])
-            probe = model.network(torch.zeros(1, 3, 64, 64, device=model.device))
-            wanted = model.settings.patch_dim or sum(layer.shape[1] for layer in probe[1:])
+            wanted = model.settings.patch_dim or sum(channels_of_layers(model.network)[1:])
             if state["bank"].ndim != 2 or state["bank"].shape[1] != wanted:
                 shape = tuple(state["bank"].shape)
                 raise InputError(f"patches have {wanted} features, its bank is {shape}")

@@ -331,7 +331,7 @@ def test_wrong_use_is_named(tmp_path):
         PaDiM(weights="random", factor_dtype="int4")
     with pytest.raises(InputError, match="n_features must be 1..448"):
         PaDiM(weights="random", n_features=0)
-    with pytest.raises(InputError, match="n_features must be 1..448 .* got 10.5"):
+    with pytest.raises(InputError, match="n_features must be a whole number, got 10.5"):
         PaDiM(weights="random", n_features=10.5)
     with pytest.raises(InputError, match="there is no file"):
         PaDiM.load(tmp_path / "none.pt")

@@ -36,7 +36,7 @@ except ImportError as error:
     ) from error
 
 RIDGE = PRESETS["anomalib"].ridge  # it adds it to the covariance in two steps
-ROUNDING = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 5e-4, "int8": 5e-3}  # of a score
+ROUNDING = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-3, "int8": 1e-2}  # of a score
 
 
 def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Padim | PadimModel:
@@ -47,10 +47,11 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     inverse covariances and the factors.
     What has our scorer already is changed in place.
     The state dict stays anomalib's in keys and shapes, for which the inverse covariances are made
-    anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB. anomalib's thresholds, each of
-    them the score of one validation image or pixel, are raised by what our rounding may add to it:
-    a hundred-thousandth, with float16 a two-thousandth, with int8 half a hundredth. Else its label
-    would be chance. `Engine.validate` sets them anew.
+    anew each time: at 550 channels and 256 x 256 pixels 4.6 GiB.
+    anomalib sets a threshold to the score of one validation image or pixel, which is normal then.
+    That its label is not left to rounding, thresholds are raised by 1e-5, float16 1e-3, int8 1e-2
+    of themselves; other scores that little above them become normal, too. `Engine.validate` sets
+    them anew.
 
     Args:
         model: fitted by anomalib (`Engine.fit`, or loaded from its checkpoint), or by
@@ -64,16 +65,19 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
             positive definite.
     """
     if isinstance(model, Padim):
-        is_anomalibs = not isinstance(model.model, FastPadimModel)
+        before = ROUNDING[model.model.factor_dtype] if _is_ours(model.model) else 0
         model.model = accelerate(model.model, factor_dtype)
-        if is_anomalibs and isinstance(model.post_processor, PostProcessor):
-            _raise_thresholds(model.post_processor, model.model.factor_dtype)
+        after = ROUNDING[model.model.factor_dtype]
+        if after > before and isinstance(model.post_processor, PostProcessor):
+            with torch.no_grad():  # NaN before the first validation
+                for name in ("_image_threshold", "_pixel_threshold"):
+                    getattr(model.post_processor, name).mul_((1 + after) / (1 + before))
         return model
     if not isinstance(model, PadimModel):
         raise InputError(
             f"expected a fitted anomalib Padim or PadimModel, got {type(model).__name__}"
         )
-    is_ours = isinstance(model, FastPadimModel)
+    is_ours = _is_ours(model)
     if not (model.is_fitted if is_ours else model.gaussian.inv_covariance.numel()):
         raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
     factor_dtype = factor_dtype or (model.factor_dtype if is_ours else "float32")
@@ -83,11 +87,8 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     return fast
 
 
-@torch.no_grad()
-def _raise_thresholds(post_processor: PostProcessor, factor_dtype: str) -> None:
-    """What has exactly the threshold's score is normal for anomalib, and is to stay so."""
-    for name in ("_image_threshold", "_pixel_threshold"):  # NaN before the first validation
-        getattr(post_processor, name).mul_(1 + ROUNDING[factor_dtype])
+def _is_ours(model: PadimModel) -> bool:
+    return isinstance(model, FastPadimModel)
 
 
 class FastPadimModel(PadimModel):
@@ -144,7 +145,7 @@ class FastPadimModel(PadimModel):
         if grid != len(self.mean):
             raise InputError(
                 f"images are {' x '.join(map(str, input_tensor.shape[2:]))} pixels, of which "
-                f"{self.layers[0]} makes {grid} positions, but this Padim was fitted on images of "
+                f"{self.layers[0]} makes {grid} positions; this Padim was fitted with "
                 f"{len(self.mean)}"
             )
         distances = mahalanobis_map(layers, channels, self.mean, self.factor)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spd_fast.detector import channels_of_layers
 from spd_fast.errors import InputError
 from spd_fast.ops.factor import factor_from, find_dtype
 from spd_fast.padim import PaDiM
@@ -46,7 +47,7 @@ def read_numpy_padim(
     mean, covariance = _check(path, *_read(path))
     d, positions = mean.shape
     model = PaDiM(backbone, d, "paper", factor_dtype, weights, device=device)
-    total = model._count_channels()
+    total = sum(channels_of_layers(model.network))
     drawn = torch.tensor(random.Random(SEED).sample(range(total), d))
     order = drawn.argsort()
     identity = torch.eye(d, dtype=torch.float64)
