@@ -60,7 +60,7 @@ def test_few_shots_are_the_mean_of_draws(visa, tmp_path):
     assert board["pixel"]["au_pr"] == pytest.approx(np.mean(draws))
     assert board["pixel_std"]["au_pr"] == pytest.approx(np.std(draws, ddof=1))
     assert board["image"]["threshold"] == board["draws"][0]["image"]["threshold"]
-    assert not list((tmp_path / "out" / "unfinished").iterdir())
+    assert not (tmp_path / "out" / "unfinished").exists()
     stored = np.load(tmp_path / "out/categories/board/replicates.npz")
     assert board["intervals"].keys() == {k for k in stored.files if k != "key"}
     for name, interval in board["intervals"].items():

@@ -221,7 +221,8 @@ def test_native_fit_equals_reference(name):
     ):
         if native.shape[1] == packed_size(len(channels)):
             native, plain = unpack(native, len(channels)), unpack(plain, len(channels))
-        torch.testing.assert_close(native, plain, atol=2e-3, rtol=1e-3)
+        # 15 images of up to 150 channels: float32 keeps few digits of such a factor.
+        torch.testing.assert_close(native, plain, atol=5e-3, rtol=2e-3)
 
 
 def test_padding_of_the_factor_is_zero():

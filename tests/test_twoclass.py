@@ -68,15 +68,15 @@ def test_few_images_are_learnt_by_heart(kind):
 @pytest.mark.parametrize("kind", MODELS)
 def test_shuffled_labels_teach_nothing(kind):
     """Half of the squares and half of the noise are called anomalous, and so are pixels anywhere.
-    The same steps with true labels learn them. (A network tells squares from noise by chance, so
-    pixels are tested with shuffled labels as well.)"""
+    The same steps with true labels learn them. (A network tells squares from noise by chance, one
+    way or the other, so the labels of the tests are shuffled as well.)"""
     found = {True: [], False: []}
     for seed in range(2):
         data, test = images(16, seed=seed), images(40, seed=100 + seed)
-        wrong = [
-            (image, i % 8 // 4, shuffled_pixels(mask)) for i, (image, _, mask) in enumerate(data)
-        ]
-        other = [(image, label, shuffled_pixels(mask)) for image, label, mask in test]
+        wrong, other = (
+            [(image, i % 8 // 4, shuffled_pixels(mask)) for i, (image, _, mask) in enumerate(its)]
+            for its in (data, test)
+        )
         for shuffled, given, tested in ((True, wrong, other), (False, data, test)):
             model = new(kind).fit(given, quick(kind, 30))
             by_image, by_pixel = measured(model, tested)
