@@ -9,7 +9,7 @@ runs twice in turn with the others; the shorter time counts. "memory" is the mos
 occupies while it scores, its imports included. "agrees" is the largest relative difference from
 our float32 map; AnomaVision has no Gaussian, so there it is from our map without one.
 
-The whole takes 25 minutes, 12 GB of memory and, for WideResNet-50, 8 GB of disk.
+The whole takes 25 minutes, 18 GB of memory and, for WideResNet-50, 8 GB of disk.
 """
 
 import argparse
