@@ -62,8 +62,8 @@ struct GpuViews {
     int count;  // the first views, that there are
     // Set by augment_round_cuda.
     bool interleaved = false;  // the channels of a pixel lie side by side
-    int together =
-        1;  // neighbours that can be read or written at once; interleaved, of all channels
+    // Neighbours that can be read or written at once; if interleaved, of all channels.
+    int together = 1;
     float inverse_scale[3] = {}, middle[3] = {};  // 0.5 is stored as that
 };
 struct GpuRoundArgs {

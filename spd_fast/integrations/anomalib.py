@@ -65,7 +65,8 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
             positive definite.
     """
     if isinstance(model, Padim):
-        before = ROUNDING[model.model.factor_dtype] if _is_ours(model.model) else 0
+        was_ours = isinstance(model.model, FastPadimModel)
+        before = ROUNDING[model.model.factor_dtype] if was_ours else 0
         model.model = accelerate(model.model, factor_dtype)
         after = ROUNDING[model.model.factor_dtype]
         if after > before and isinstance(model.post_processor, PostProcessor):
@@ -77,7 +78,7 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
         raise InputError(
             f"expected a fitted anomalib Padim or PadimModel, got {type(model).__name__}"
         )
-    is_ours = _is_ours(model)
+    is_ours = isinstance(model, FastPadimModel)
     if not (model.is_fitted if is_ours else model.gaussian.inv_covariance.numel()):
         raise InputError("this Padim is not fitted: run Engine.fit or load a checkpoint first")
     factor_dtype = factor_dtype or (model.factor_dtype if is_ours else "float32")
@@ -85,10 +86,6 @@ def accelerate(model: Padim | PadimModel, factor_dtype: str | None = None) -> Pa
     fast.factor = converted(fast.factor, len(fast.idx), find_dtype(factor_dtype))
     fast.factor_dtype, fast.packed_state = factor_dtype, False
     return fast
-
-
-def _is_ours(model: PadimModel) -> bool:
-    return isinstance(model, FastPadimModel)
 
 
 class FastPadimModel(PadimModel):
