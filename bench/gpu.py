@@ -42,8 +42,8 @@ FORMATS = (
     ("bfloat16", False),
     ("uint8", False),
 )
-# These images are pure noise, for which float16 keeps less than the 2e-3 of docs/gpu.md. Of uint8 a
-# step, and half of one by which the exact result is rounded.
+# These images are pure noise, of which float16 misses the 2e-3 of docs/gpu.md. Of uint8 a step, and
+# half of one by which the exact result is rounded.
 ALLOWED = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 8e-3, "uint8": 1.5 / 255}
 TOLERANCE = {"float32": 1e-4, "float16": 1e-3}  # of distances, relative to anomalib's
 IDENTITY = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -159,9 +159,8 @@ def check_peer(peer: peers_views.Peer, prepared, images: list, params: torch.Ten
     theirs = torch.stack([torch.stack([v.cpu() for v in views]) for views in theirs], 1)
     difference = ((ours - theirs) * peers_views.UNIT_STD).abs()
     largest, mean = difference.max().item(), difference.mean().item()
-    limit = max(
-        peer.limits[0], 2 * ALLOWED["float32"]
-    )  # as both may be that far from what is exact
+    # Both may be that far from what is exact.
+    limit = max(peer.limits[0], 2 * ALLOWED["float32"])
     assert largest <= limit, f"{peer.name} differs by {largest}"
     assert mean <= max(peer.limits[1], 2e-4), f"{peer.name} differs by {mean} on average"
 
