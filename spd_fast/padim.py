@@ -315,7 +315,8 @@ class PaDiM:
             scores (B,): the maximum of each map. Both float32, neither scaled by other images.
 
         Raises:
-            InputError: not fitted, another image size than fitted, features that are not finite.
+            InputError: not fitted, another image size than fitted, features that are not finite, or
+                a loaded model that is damaged.
         """
         if self.factor is None:
             raise InputError("this PaDiM is not fitted: call fit() or load() first")
@@ -324,11 +325,19 @@ class PaDiM:
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
         if not bool(distances.isfinite().all()):  # much smaller than the layers, which cause it
             refuse_not_finite(layers, self.backbone)
+            self._refuse_damaged((~distances.isfinite()).any(0).flatten().nonzero()[0])
             raise InputError(
                 f"features of {self.backbone} are too large to score: their distances overflow"
             )
         maps = smooth_upsample(distances, self.image_size, border=self.settings.border)
         return maps, maps.amax((1, 2))
+
+    def _refuse_damaged(self, position: Tensor) -> None:
+        factor = converted(self.factor[position], len(self.channels), torch.float32)
+        if not bool(factor.isfinite().all() & self.mean[position].isfinite().all()):
+            raise InputError(
+                f"this PaDiM is damaged: its Gaussian of position {int(position)} is not finite"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write everything that scoring needs, the network's weights included, to one file."""

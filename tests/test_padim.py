@@ -359,6 +359,10 @@ def test_wrong_use_is_named(tmp_path):
     torch.save(state | {"channels": state["channels"][1:]}, tmp_path / "part.pt")
     with pytest.raises(InputError, match="do not fit each other"):
         PaDiM.load(tmp_path / "part.pt")
+    state["factor"][777, 5] = torch.nan
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(InputError, match="is damaged: its Gaussian of position 777 is not finite"):
+        PaDiM.load(tmp_path / "part.pt").score(train)
     del state["mean"]
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(InputError, match="damaged PaDiM: 'mean'"):
