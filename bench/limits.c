@@ -1,4 +1,6 @@
-// What a core does at most. bench/measure.py compiles this for the machine that it runs on.
+// What some cores do at most. bench/measure.py compiles this for the machine that it runs on, with
+// OpenMP, whose threads are then those of torch and of our own operations.
+#include <omp.h>
 
 #if defined(__AVX512F__)
 #define WIDTH 64
@@ -10,24 +12,34 @@
 typedef float Vector __attribute__((vector_size(WIDTH)));
 enum { lanes = WIDTH / 4, sums = 12, streams = 4 };
 
-// Sums enough to hide the latency of one, few enough for the registers. Returns how many
-// multiplications and additions it did, by way of `sink`, so that none is left out.
-long multiply_add(long steps, float* sink) {
+// Sums enough to hide the latency of one, few enough for the registers.
+static float multiply_add_alone(long steps) {
     Vector sum[sums] = {}, factor = {};
     factor += 0.999f;
     for (int k = 0; k < sums; ++k) sum[k] += (float)k;  // equal ones would be added only once
     for (long i = 0; i < steps; ++i)
 #pragma GCC unroll 12
         for (int k = 0; k < sums; ++k) sum[k] = sum[k] * factor + factor;
-    for (int k = 0; k < sums; ++k) *sink += sum[k][0];
-    return 2L * sums * lanes * steps;
+    float total = 0;
+    for (int k = 0; k < sums; ++k) total += sum[k][0];
+    return total;
 }
 
-// Reads about `count` floats, from an address that a Vector may have, in several places at once,
-// which processors do faster than in one. A few pages less lie between them than a power of two,
-// after which they would share cache sets. Returns how many it read.
-long read_memory(const float* data, long count, float* sink) {
-    const long step = 2 * lanes, part = (count / streams - 5 * 1024) / step * step;
+// Returns how many multiplications and additions there were. What they came to goes to `sink`, so
+// that none is left out.
+long multiply_add(long steps, int threads, float* sink) {
+    float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    total += multiply_add_alone(steps);
+    *sink = total;
+    return 2L * sums * lanes * steps * threads;
+}
+
+// In several places at once, which processors do faster than in one. A few pages less lie between
+// them than a power of two, after which they would share cache sets.
+enum { step = 2 * lanes, apart = 5 * 1024 };
+
+static float read_alone(const float* data, long part) {
     Vector sum[streams][2] = {};
     for (long i = 0; i < part; i += step)
 #pragma GCC unroll 4
@@ -36,6 +48,17 @@ long read_memory(const float* data, long count, float* sink) {
             sum[s][0] += v[0];
             sum[s][1] += v[1];
         }
-    for (int s = 0; s < streams; ++s) *sink += sum[s][0][0] + sum[s][1][0];
-    return streams * part;
+    float total = 0;
+    for (int s = 0; s < streams; ++s) total += sum[s][0][0] + sum[s][1][0];
+    return total;
+}
+
+// Reads about `count` floats, from an address that a Vector may have; returns how many it were.
+long read_memory(const float* data, long count, int threads, float* sink) {
+    const long part = (count / (threads * streams) - apart) / step * step;
+    float total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+    total += read_alone(data + omp_get_thread_num() * (count / threads / step * step), part);
+    *sink = total;
+    return threads * streams * part;
 }

@@ -7,9 +7,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -54,16 +53,16 @@ Limit = tuple[Callable, int]  # a job that does nothing else, and how much of it
 def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[float, list[float]]:
     """How fast a job gets through an amount, as a share of how fast a limit does; and the speeds of
     the limit. On a shared machine they change by the second, so both run in turn, and the share is
-    the median over rounds of the job between two runs of the limit. What the job reads is no longer
-    in a cache then, unlike where it is repeated."""
+    the median over rounds of the job between two runs of the limit. Both run as they would after a
+    network, not as if they were repeated: what they read is in no cache, and the threads are awake.
+    (One that sleeps may be woken on the core of another, where it waits for 4 ms.)"""
 
     def speed(job: Callable, amount: int) -> float:
-        time.sleep(0.02)  # OpenMP's threads wait for more work in a busy loop at first
+        _half_a_gib().sum()
         start = time.perf_counter()
         job()
         return amount / (time.perf_counter() - start)
 
-    limit[0]()  # starts its threads
     speeds = [speed(*limit)]
     shares = []
     for _ in range(rounds):
@@ -74,38 +73,34 @@ def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[f
 
 
 @cache
+def _half_a_gib() -> torch.Tensor:
+    return on_huge_pages(torch.empty(1 << 27)).fill_(1)
+
+
+@cache
 def reading(threads: int) -> Limit:
-    """Reads half a GiB on huge pages with every thread's share in several streams; bytes."""
-    limits, data = _limits(), on_huge_pages(torch.empty(1 << 27)).fill_(1)
-    parts = data.chunk(threads)
-
-    def job(part: torch.Tensor) -> int:
-        count, sink = ctypes.c_long(part.numel()), ctypes.byref(ctypes.c_float())
-        return 4 * limits.read_memory(ctypes.c_void_p(part.data_ptr()), count, sink)
-
-    pool = ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(job, parts)), sum(map(job, parts))
+    """Reads half a GiB on huge pages, in several streams a thread; bytes."""
+    data, sink = _half_a_gib(), ctypes.c_float()
+    arguments = ctypes.c_void_p(data.data_ptr()), ctypes.c_long(data.numel()), threads
+    job = partial(_limits().read_memory, *arguments, ctypes.byref(sink))
+    return job, 4 * job()
 
 
 @cache
 def multiplying(threads: int) -> Limit:
     """Multiplies and adds in registers alone, for some 10 ms; floating-point operations."""
-    limits, steps = _limits(), ctypes.c_long(1 << 22)
-
-    def job(_) -> int:
-        return limits.multiply_add(steps, ctypes.byref(ctypes.c_float()))
-
-    pool = ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(job, range(threads))), threads * job(None)
+    sink = ctypes.c_float()
+    job = partial(_limits().multiply_add, ctypes.c_long(1 << 22), threads, ctypes.byref(sink))
+    return job, job()
 
 
 @cache
 def _limits() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/limits.so"
-        source = Path(__file__).with_name("limits.c")
-        command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", str(source), "-o", library]
-        subprocess.run(command, check=True)
+        source = str(Path(__file__).with_name("limits.c"))
+        options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run(["cc", *options, source, "-o", library], check=True)
         limits = ctypes.CDLL(library)
     limits.multiply_add.restype = limits.read_memory.restype = ctypes.c_long
     return limits
