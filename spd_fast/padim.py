@@ -325,18 +325,22 @@ class PaDiM:
         distances = mahalanobis_map(layers, self.channels, self.mean, self.factor)
         if not bool(distances.isfinite().all()):  # much smaller than the layers, which cause it
             refuse_not_finite(layers, self.backbone)
-            self._refuse_damaged((~distances.isfinite()).any(0).flatten().nonzero()[0])
+            self._refuse_damaged((~distances.isfinite()).any(0).flatten().nonzero()[:, 0])
             raise InputError(
-                f"features of {self.backbone} are too large to score: their distances overflow"
+                f"features of {self.backbone} are too large to score, or this PaDiM is damaged: "
+                "their distances overflow"
             )
         maps = smooth_upsample(distances, self.image_size, border=self.settings.border)
         return maps, maps.amax((1, 2))
 
-    def _refuse_damaged(self, position: Tensor) -> None:
-        factor = converted(self.factor[position], len(self.channels), torch.float32)
-        if not bool(factor.isfinite().all() & self.mean[position].isfinite().all()):
+    def _refuse_damaged(self, positions: Tensor) -> None:
+        """Raise InputError if a Gaussian of these is not finite."""
+        factor = converted(self.factor[positions], len(self.channels), torch.float32)
+        sound = factor.isfinite().all(1) & self.mean[positions].isfinite().all(1)
+        if not bool(sound.all()):
             raise InputError(
-                f"this PaDiM is damaged: its Gaussian of position {int(position)} is not finite"
+                "this PaDiM is damaged, load another copy or fit again: its Gaussian of position "
+                f"{int(positions[~sound][0])} is not finite"
             )
 
     def save(self, path: str | Path) -> None:

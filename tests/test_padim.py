@@ -294,6 +294,28 @@ def test_save_and_load(tmp_path, factor_dtype):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("factor_dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_damaged_gaussians_are_named(tmp_path, factor_dtype):
+    model, train = fitted("paper", n_features=10, factor_dtype=factor_dtype)
+    model.save(tmp_path / "padim.pt")
+    whole = torch.load(tmp_path / "padim.pt", weights_only=True)
+
+    def score_with(name: str, position: int, value: float):
+        state = whole | {name: whole[name].clone()}
+        if state[name].dtype == torch.int8:  # the scale of a row
+            state[name][position].view(torch.float32)[0] = value
+        else:
+            state[name][position, 1] = value
+        torch.save(state, tmp_path / "damaged.pt")
+        PaDiM.load(tmp_path / "damaged.pt").score(train[:2])
+
+    for name in ("mean", "factor"):
+        with pytest.raises(InputError, match="damaged.*Gaussian of position 777 is not finite"):
+            score_with(name, 777, torch.nan)
+    with pytest.raises(InputError, match="too large to score, or this PaDiM is damaged"):
+        score_with("mean", 5, 1e30)
+
+
 def test_wrong_use_is_named(tmp_path):
     model, train = fitted("paper", n_features=10)
     with pytest.raises(InputError, match="at least 2 images to fit a covariance, got 1"):
@@ -359,10 +381,6 @@ def test_wrong_use_is_named(tmp_path):
     torch.save(state | {"channels": state["channels"][1:]}, tmp_path / "part.pt")
     with pytest.raises(InputError, match="do not fit each other"):
         PaDiM.load(tmp_path / "part.pt")
-    state["factor"][777, 5] = torch.nan
-    torch.save(state, tmp_path / "part.pt")
-    with pytest.raises(InputError, match="is damaged: its Gaussian of position 777 is not finite"):
-        PaDiM.load(tmp_path / "part.pt").score(train)
     del state["mean"]
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(InputError, match="damaged PaDiM: 'mean'"):
