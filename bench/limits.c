@@ -1,5 +1,5 @@
-// What some cores do at most. bench/measure.py compiles this for the machine that it runs on, with
-// OpenMP, whose threads are then those of torch and of our own operations.
+// The most that a number of cores do. bench/measure.py compiles this for the machine that it runs
+// on, with OpenMP, whose threads are then those of torch and of our own operations.
 #include <omp.h>
 
 #if defined(__AVX512F__)
@@ -29,16 +29,19 @@ static float multiply_add_alone(long steps) {
 // that none is left out.
 long multiply_add(long steps, int threads, float* sink) {
     float total = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
-    total += multiply_add_alone(steps);
+    long done = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total, done)
+    {
+        total += multiply_add_alone(steps);
+        done += 2L * sums * lanes * steps;
+    }
     *sink = total;
-    return 2L * sums * lanes * steps * threads;
+    return done;
 }
 
-// In several places at once, which processors do faster than in one. A few pages less lie between
-// them than a power of two, after which they would share cache sets.
-enum { step = 2 * lanes, apart = 5 * 1024 };
+enum { step = 2 * lanes, skew = 5 * 1024 };
 
+// In several places at once, which processors do faster than in one.
 static float read_alone(const float* data, long part) {
     Vector sum[streams][2] = {};
     for (long i = 0; i < part; i += step)
@@ -53,12 +56,18 @@ static float read_alone(const float* data, long part) {
     return total;
 }
 
-// Reads about `count` floats, from an address that a Vector may have; returns how many it were.
+// Reads about `count` floats, from an address that a Vector may have; returns how many it read.
+// `sink` gets the sum of one lane of each Vector.
 long read_memory(const float* data, long count, int threads, float* sink) {
-    const long part = (count / (threads * streams) - apart) / step * step;
+    // A few pages less than a power of two apart, after which parts would share cache sets.
+    const long share = count / threads / step * step, part = (share / streams - skew) / step * step;
     float total = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
-    total += read_alone(data + omp_get_thread_num() * (count / threads / step * step), part);
+    long done = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total, done)
+    {
+        total += read_alone(data + omp_get_thread_num() * share, part);
+        done += streams * part;
+    }
     *sink = total;
-    return threads * streams * part;
+    return done;
 }

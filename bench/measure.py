@@ -53,12 +53,12 @@ Limit = tuple[Callable, int]  # a job that does nothing else, and how much of it
 def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[float, list[float]]:
     """How fast a job gets through an amount, as a share of how fast a limit does; and the speeds of
     the limit. On a shared machine they change by the second, so both run in turn, and the share is
-    the median over rounds of the job between two runs of the limit. Both run as they would after a
-    network, not as if they were repeated: what they read is in no cache, and the threads are awake.
-    (One that sleeps may be woken on the core of another, where it waits for 4 ms.)"""
+    the median over rounds of the job between two runs of the limit. Neither is just repeated: what
+    they read is in no cache before. But the threads are awake, as after a network. (A thread that
+    sleeps may be woken on a busy core, and waits there for the scheduler's next tick, 4 ms.)"""
 
     def speed(job: Callable, amount: int) -> float:
-        _half_a_gib().sum()
+        _others().sum()
         start = time.perf_counter()
         job()
         return amount / (time.perf_counter() - start)
@@ -73,17 +73,22 @@ def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[f
 
 
 @cache
-def _half_a_gib() -> torch.Tensor:
-    return on_huge_pages(torch.empty(1 << 27)).fill_(1)
+def _others() -> torch.Tensor:
+    """What takes the place in the caches of all else when it is read."""
+    return torch.ones(1 << 26)
 
 
 @cache
 def reading(threads: int) -> Limit:
     """Reads half a GiB on huge pages, in several streams a thread; bytes."""
-    data, sink = _half_a_gib(), ctypes.c_float()
-    arguments = ctypes.c_void_p(data.data_ptr()), ctypes.c_long(data.numel()), threads
-    job = partial(_limits().read_memory, *arguments, ctypes.byref(sink))
+    data, sink = on_huge_pages(torch.empty(1 << 27)).fill_(1), ctypes.c_float()
+    job = partial(read_memory, data, threads, sink)
     return job, 4 * job()
+
+
+def read_memory(data: torch.Tensor, threads: int, sink: ctypes.c_float) -> int:
+    start, count = ctypes.c_void_p(data.data_ptr()), ctypes.c_long(data.numel())
+    return _limits().read_memory(start, count, threads, ctypes.byref(sink))
 
 
 @cache
@@ -100,8 +105,14 @@ def _limits() -> ctypes.CDLL:
         library = f"{folder}/limits.so"
         source = str(Path(__file__).with_name("limits.c"))
         options = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run(["cc", *options, source, "-o", library], check=True)
+        subprocess.run(["gcc", *options, source, "-o", library], check=True)
         limits = ctypes.CDLL(library)
+    torchs = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    openmp = {
+        ctypes.cast(its.omp_get_max_threads, ctypes.c_void_p).value for its in (limits, torchs)
+    }
+    # Threads of one would wait, awake, on the cores of the other.
+    assert len(openmp) == 1, "torch brings another OpenMP than gcc's"
     limits.multiply_add.restype = limits.read_memory.restype = ctypes.c_long
     return limits
 
