@@ -2,9 +2,7 @@
 
 import argparse
 import os
-import re
 import sys
-from importlib.metadata import version
 
 from spd_fast import __version__
 from spd_fast.choices import FACTOR_DTYPES, METHODS, ONE_CLASS, TWO_CLASS
@@ -25,10 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Idle OpenMP threads spin by default and take the cores from the threads that read images.
     # Read once when torch is loaded, which is why it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if _is_zen4() and "NPY_ENABLE_CPU_FEATURES" not in os.environ:  # numpy takes only one of them
-        # numpy sorts six times as fast there with AVX2; it can only be told for all that it does.
-        feature = "X86_V4" if _numpy_version() >= (2, 4) else "AVX512_SKX"
-        os.environ.setdefault("NPY_DISABLE_CPU_FEATURES", feature)
     try:
         return options.run(options) or 0
     except InputError as error:
@@ -39,21 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spd-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _is_zen4(cpuinfo: str = "/proc/cpuinfo") -> bool:
-    try:
-        with open(cpuinfo, encoding="utf-8") as file:
-            text = file.read(4096)  # the first core
-    except OSError:
-        return False
-    family = re.search(r"^cpu family\s*: 25$", text, re.M)  # Zen 3 and 4, of which 4 has AVX-512
-    return "AuthenticAMD" in text and family is not None and " avx512f " in text
-
-
-def _numpy_version() -> tuple[int, int]:
-    major, minor = version("numpy").split(".")[:2]
-    return int(major), int(minor)
 
 
 def _complain(message: str) -> int:

@@ -1,10 +1,9 @@
-import os
 import subprocess
 import sys
 
 import pytest
 
-from spd_fast.cli import _is_zen4, main
+from spd_fast.cli import main
 
 
 def run_python(code: str) -> str:
@@ -89,41 +88,3 @@ def test_numbers_out_of_range_are_refused(arguments, capsys):
         main(["evaluate", "--data", "x", "--out", "y", *arguments])
     assert stop.value.code == 2
     assert f"argument {arguments[0]}: must be" in capsys.readouterr().err
-
-
-def test_zen4_is_told_from_others(tmp_path):
-    def of(vendor: str, family: int, flags: str) -> bool:
-        text = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nflags\t\t: fpu {flags} svm\n"
-        (tmp_path / "cpuinfo").write_text(text)
-        return _is_zen4(str(tmp_path / "cpuinfo"))
-
-    assert of("AuthenticAMD", 25, "avx2 avx512f avx512dq")
-    assert not of("AuthenticAMD", 25, "avx2")  # Zen 3
-    assert not of("AuthenticAMD", 26, "avx2 avx512f")  # Zen 5
-    assert not of("GenuineIntel", 6, "avx2 avx512f")
-    assert not _is_zen4(str(tmp_path / "nothing"))
-
-
-@pytest.mark.parametrize(
-    ("given", "numpy", "expected"),
-    [
-        ({}, (2, 4), "X86_V4"),
-        ({}, (2, 3), "AVX512_SKX"),
-        ({"NPY_ENABLE_CPU_FEATURES": ""}, (2, 4), "None"),
-        ({"NPY_DISABLE_CPU_FEATURES": "X86_V3"}, (2, 4), "X86_V3"),
-    ],
-)
-def test_numpy_is_told_before_it_is_loaded(given, numpy, expected):
-    """And not if the user tells it something, as it takes only one of the variables."""
-    code = (
-        "import os, sys, spd_fast.cli as cli\n"
-        "assert 'numpy' not in sys.modules\n"
-        "cli._is_zen4 = lambda: True\n"
-        f"cli._numpy_version = lambda: {numpy}\n"
-        "assert cli.main(['info']) == 0\n"
-        "print(os.environ.get('NPY_DISABLE_CPU_FEATURES'))\n"
-    )
-    env = {k: v for k, v in os.environ.items() if not k.startswith("NPY_")} | given
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == expected

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -246,6 +248,61 @@ def test_maps_on_disk_are_read_twice_whatever_their_type(tmp_path):
     mixed = Read([maps[0].astype(np.float64), *maps[1:]])
     assert pixel_metrics(mixed, masks) == expected
     assert max(mixed.reads[1:]) == 2
+
+
+def numbers_to_sort():
+    rng = np.random.default_rng(5)
+    normal = rng.standard_normal(70_000)
+    yield "normal", normal
+    yield "ties", np.round(normal * 20) / 20
+    yield "one octave", 1 + rng.random(70_000)
+    yield "any size", np.concatenate([np.exp(60 * normal), -np.exp(60 * normal)])
+    yield "denormal", normal * 1e-41
+    yield "zeros", np.where(normal > 0, 0.0, -0.0)
+    yield "equal", np.full(70_000, -3.5)
+    yield "ends", np.array([np.inf, -np.inf, 0.0, 1.0, -1.0] * 100)
+    for n in (0, 1, 2, 255, 256, 257):
+        yield f"{n} numbers", normal[:n]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("values", [pytest.param(v, id=name) for name, v in numbers_to_sort()])
+def test_sort_is_numpys(values, dtype):
+    with np.errstate(over="ignore"):
+        values = values.astype(dtype)
+    ours = values.copy()
+    metrics.sort(ours, np.empty_like(ours))
+    np.testing.assert_array_equal(ours, np.sort(values))
+    assert np.signbit(ours).sum() == np.signbit(values).sum()  # no -0 got lost
+
+
+def test_sort_refuses_what_it_would_misread():
+    sort = pytest.importorskip("spd_fast._sort", reason="not compiled").sort
+    a, b = np.zeros((2, 10))
+    for values, scratch in [(a, a), (a, b[:9]), (a, np.zeros((2, 5)))]:
+        with pytest.raises(ValueError, match="values and scratch must"):
+            sort(values, scratch)
+    for values, scratch in [
+        (a[::2], b[::2]),
+        (a.astype(int), b),
+        (a, b.astype(np.float32)),
+        (a[:0].tolist(), b[:0]),
+    ]:
+        with pytest.raises(TypeError):
+            sort(values, scratch)
+    a.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        sort(a, b)
+
+
+def test_metrics_without_the_compiled_sort():
+    code = (
+        "import sys\nsys.modules['spd_fast._sort'] = None\n"
+        "from spd_fast.metrics import image_metrics\n"
+        "print(image_metrics([0.1, 0.9, 0.4, 0.3], [0, 1, 0, 1]).au_roc, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0.75", "False"]
 
 
 def test_memory_holds_the_anomalous_pixels_and_a_chunk(monkeypatch):
