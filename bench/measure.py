@@ -1,6 +1,7 @@
 """What the benchmarks of the detectors and metrics measure with."""
 
 import ctypes
+import os
 import statistics
 import subprocess
 import tempfile
@@ -58,19 +59,24 @@ def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[f
     they read is in no cache before. But the threads are awake, as after a network. (A thread that
     sleeps may be woken on a busy core, and waits there for the scheduler's next tick, 4 ms.)"""
 
-    def speed(job: Callable, amount: int) -> float:
-        _others().sum()
-        start = time.perf_counter()
-        job()
-        return amount / (time.perf_counter() - start)
-
-    speeds = [speed(*limit)]
+    policy = os.environ.get("OMP_WAIT_POLICY", "")
+    assert policy.lower() != "passive", "threads would sleep: leave OMP_WAIT_POLICY unset"
+    of_limit, amount_of_limit = limit
+    speeds = [amount_of_limit / cold(of_limit)]
     shares = []
     for _ in range(rounds):
-        of_job = speed(job, amount)
-        speeds.append(speed(*limit))
+        of_job = amount / cold(job)
+        speeds.append(amount_of_limit / cold(of_limit))
         shares.append(2 * of_job / (speeds[-2] + speeds[-1]))
     return statistics.median(shares), speeds
+
+
+def cold(job: Callable) -> float:
+    """Seconds that a job takes if nothing of it, nor of Python, is in a cache before."""
+    _others().sum()
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
 
 
 @cache

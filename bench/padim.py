@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from anomalib.models.components.stats.multi_variate_gaussian import MultiVariateGaussian
 from anomalib.models.image.padim.anomaly_map import AnomalyMapGenerator
-from measure import best_in_turns, multiplying, peak_memory, reading, share, typical
+from measure import best, best_in_turns, cold, multiplying, peak_memory, reading, share, typical
 
 from spd_fast import PaDiM, mahalanobis_map, reference
 from spd_fast.detector import smooth_upsample
@@ -110,6 +110,11 @@ def table_of_scores(d: int, batches: list[int]) -> None:
                 f"batch {batch:<3}{name:<11}{1e3 * theirs:>12.1f}{1e3 * times[name]:>9.1f}"
                 f"{theirs / times[name]:>7.1f}{read:>9.0%}{flops:>9.0%}{differences[name]:>12.0e}"
             )
+    few = random_layers(d, 1, grid=1 << len(LAYERS[d]) - 1)
+    place = mean[: few[0][0, 0].numel()], factor[: few[0][0, 0].numel()]
+    call = partial(mahalanobis_map, few, channels, *place)
+    in_cache, not_in_cache = best(call), statistics.median(cold(call) for _ in range(15))
+    print(f"the call alone: {1e3 * in_cache:.2f} ms, with cold caches {1e3 * not_in_cache:.2f} ms")
     for what, speeds in (("reading, GB/s", bandwidths), ("multiplying, GFLOP/s", peaks)):
         low, *_, high = statistics.quantiles(speeds, n=20)
         print(f"{what}: {low / 1e9:.0f} to {high / 1e9:.0f}, nine times of ten")

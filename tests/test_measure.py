@@ -26,7 +26,20 @@ def test_every_thread_multiplies():
     assert measure.multiplying(3)[1] == 3 * measure.multiplying(1)[1] > 0
 
 
-def test_a_limit_is_a_share_of_itself():
-    limit = measure.multiplying(1)
-    share, speeds = measure.share(*limit, limit, rounds=3)
-    assert share > 0 and len(speeds) == 4 and min(speeds) > 0
+def test_share_is_the_jobs_speed_between_two_of_the_limit(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    clock = iter([0, 1, 0, 4, 0, 2, 0, 4, 0, 3])  # limit, job, limit, job, limit: from 0 to seconds
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    ran = []
+    share, speeds = measure.share(
+        lambda: ran.append("job"), 6, (lambda: ran.append("limit"), 12), 2
+    )
+    assert ran == ["limit", "job", "limit", "job", "limit"]
+    assert speeds == [12, 6, 4]
+    assert share == pytest.approx((1.5 / 9 + 1.5 / 5) / 2)
+
+
+def test_threads_that_sleep_are_refused(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    with pytest.raises(AssertionError, match="OMP_WAIT_POLICY"):
+        measure.share(lambda: None, 1, (lambda: None, 1))
