@@ -46,7 +46,8 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     const auto point_bytes = new_array<uint8_t>(state.n * state.bytes);
     const auto infos = new_array<ByteInfo>(state.n);
     std::vector<int8_t> pick_bytes(room * state.bytes);
-    std::vector<int32_t> pick_squares(room);
+    std::vector<int32_t> pick_squares(room), pick_first_squares(room, 1 << 30);
+    std::vector<int8_t> pick_first_bytes(room * kcenter_bytes);
     std::vector<float> pick_errors(room);
     state.distances = distances.get();
     state.peaks = peaks.get();
@@ -57,6 +58,8 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     state.pick_bytes = pick_bytes.data();
     state.pick_squares = pick_squares.data();
     state.pick_errors = pick_errors.data();
+    state.pick_first_bytes = pick_first_bytes.data();
+    state.pick_first_squares = pick_first_squares.data();
     {
         py::gil_scoped_release release;
         if (!kernels->kcenter_begin(state, largest)) return -1;

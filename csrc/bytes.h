@@ -87,6 +87,29 @@ static inline Ints add_products(Ints sum, const int8_t* a, const int8_t* b, cons
 #endif
 }
 
+// Of two points as they are stored.
+static inline int32_t byte_distance(const uint8_t* a, const uint8_t* b, int bytes) {
+#ifdef __SSSE3__
+    Ints sum = {};
+    for (int c = 0; c < bytes; c += int(sizeof(ByteVector))) {
+        ByteVector va, vb;
+        memcpy(&va, a + c, sizeof va);
+        memcpy(&vb, b + c, sizeof vb);
+        const ByteVector size =
+            SPD_BYTES(sub_epi8)(SPD_BYTES(max_epu8)(va, vb), SPD_BYTES(min_epu8)(va, vb));
+        const ByteVector pairs = SPD_BYTES(maddubs_epi16)(size, size);  // 2 * 126^2 fits
+        sum += (Ints)SPD_BYTES(madd_epi16)(pairs, SPD_BYTES(set1_epi16)(1));
+    }
+    int32_t total = 0;
+    for (int i = 0; i < lanes; ++i) total += sum[i];
+    return total;
+#else
+    int32_t total = 0;
+    for (int c = 0; c < bytes; ++c) total += (a[c] - b[c]) * (a[c] - b[c]);
+    return total;
+#endif
+}
+
 // A block holds `bound_block` points: four coordinates of each, then the next four. Returns by how
 // much the products with a point are too large, as its integers are made positive.
 static inline int32_t put_in_block(int8_t* block, int place, const uint8_t* point, int bytes) {

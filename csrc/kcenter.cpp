@@ -24,6 +24,8 @@ constexpr int piece = 64, first_piece = 16;
 // which is smaller than the bound that bytes give. (Measured on patches of a trained network: 256
 // to 1,024 are alike.)
 constexpr int many_picks = 512;
+// With fewer picks to be seen, looking for the likeliest one takes as long as looking at all.
+constexpr int64_t many_unseen = 64;
 
 void add_pick(KCenter& state, int64_t point) {
     const int64_t number = state.done++, first = number / bound_block * bound_block;
@@ -32,6 +34,13 @@ void add_pick(KCenter& state, int64_t point) {
                                         state.point_bytes + point * state.bytes, state.bytes);
     state.pick_squares[number] = state.infos[point].square + 2 * excess;
     state.pick_errors[number] = state.infos[point].error;
+    const uint8_t* bytes = state.point_bytes + point * state.bytes;
+    int32_t square = 0;
+    for (int c = 0; c < kcenter_bytes; ++c)
+        square += (bytes[c] - made_positive) * (bytes[c] - made_positive);
+    state.pick_first_squares[number] =
+        square + 2 * put_in_block(state.pick_first_bytes + first * kcenter_bytes,
+                                  int(number - first), bytes, kcenter_bytes);
     state.distances[point] = -1;
 }
 
@@ -100,43 +109,99 @@ int collect(KCenter& state, float limit, int64_t& next, int32_t* points, int mos
                 continue;
             }
         }
-        for (unsigned bits = below(Floats{} + limit, load(distances)); bits; bits &= bits - 1)
-            points[count++] = int32_t(next + __builtin_ctz(bits));
+        for (unsigned bits = below(Floats{} + limit, load(distances)); bits; bits &= bits - 1) {
+            points[count] = int32_t(next + __builtin_ctz(bits));
+            fetch(state.point_bytes + size_t(points[count++]) * state.bytes, state.bytes);
+        }
         next += lanes;
     }
     return count;
 }
 
-// Of a point, whose integers have these squared distances to those of the picks of a block: lowers
-// the bound if a pick is probably within the limit.
-void bring_nearer(KCenter& state, size_t point, const Floats* squares, int64_t first, int64_t end,
-                  float limit) {
-    const ByteInfo info = state.infos[point];
-    const float* errors = state.pick_errors + first;
-    // In many dimensions what is left over is nearly orthogonal to the rest: the sum of squares is
-    // close to the squared distance. Where it is not, that costs time, but no bound is wrong.
-    const float likely = limit * state.scale * state.scale - info.error * info.error;
-    unsigned bits = 0;
-    for (int v = 0; v < block_vectors; ++v) {
-        const Floats error = load(errors + v * lanes);
-        bits |= below(squares[v] + error * error, likely) << v * lanes;
-    }
-    if (!(bits &= (1u << (end - first)) - 1)) return;
-    const int place = place_of_smallest(squares, bits);
+// A pick at a squared distance in integers below this, its own squared error included, is probably
+// within the limit of a point. In many dimensions what is left over is nearly orthogonal to the
+// rest: the sum of squares is close to the squared distance. Where it is not, that costs time, but
+// no bound is wrong.
+float likely_within(const KCenter& state, size_t point, float limit) {
+    const float error = state.infos[point].error;
+    return limit * state.scale * state.scale - error * error;
+}
+
+// Lowers a point's bound to what it is from a pick at this squared distance in integers.
+void bring_nearer(KCenter& state, size_t point, int64_t number, float square) {
     float& distance = state.distances[point];
     if (state.done < many_picks) {
-        const float root = sqrtf(reinterpret_cast<const float*>(squares)[place]);
         // 1e-16 covers what of an error underflowed when it was squared; for the rest see
         // `candidates`.
-        const float reach = root + errors[place] + info.error + 1e-16f;
-        const float length = reach * 1.0001f / state.scale;
+        const float errors = state.pick_errors[number] + state.infos[point].error + 1e-16f;
+        const float length = (sqrtf(square) + errors) * 1.0001f / state.scale;
         distance = min2(distance, length * length + FLT_MIN);
     } else {
-        const float* pick = state.points + state.picks[first + place] * state.d;
+        const float* pick = state.points + state.picks[number] * state.d;
         const float* own = state.points + point * state.d;
         distance = min2(distance, dist2(own, pick, state.d, distance));
         ++state.evaluations;
     }
+}
+
+// The pick, from number `begin` on, that is nearest by the first bytes.
+int64_t nearest_by_first_bytes(const KCenter& state, size_t point, int64_t begin) {
+    const uint8_t* bytes = state.point_bytes + point * state.bytes;
+    Floats smallest[block_vectors];
+    Ints block[block_vectors] = {};
+    for (Floats& s : smallest) s = Floats{} + FLT_MAX;
+    for (int64_t first = begin; first < state.done; first += bound_block) {
+        Floats squares[block_vectors];
+        byte_distances(state.pick_first_bytes + first * kcenter_bytes,
+                       state.pick_first_squares + first, bytes, 0, kcenter_bytes, squares);
+        for (int v = 0; v < block_vectors; ++v) {
+            const Ints nearer = squares[v] < smallest[v];
+            smallest[v] = nearer ? squares[v] : smallest[v];
+            block[v] = nearer ? Ints{} + int32_t(first) : block[v];
+        }
+    }
+    float values[bound_block];
+    int32_t blocks[bound_block];
+    memcpy(values, smallest, sizeof values);
+    memcpy(blocks, block, sizeof blocks);
+    float least = values[0];
+    for (int i = 1; i < bound_block; ++i) least = min2(least, values[i]);
+    unsigned larger = 0;
+    for (int v = 0; v < block_vectors; ++v)
+        larger |= below(Floats{} + least, smallest[v]) << v * lanes;
+    const int place = __builtin_ctz(~larger);
+    return blocks[place] + place;
+}
+
+// Keeps those of the points that the one pick which is nearest by the first bytes does not bring
+// within the limit: for more than half of the points that saves looking at the others.
+int beyond_the_likeliest(KCenter& state, float limit, int32_t* points, int count) {
+    int64_t likeliest[piece];
+    for (int i = 0; i < count; ++i) {
+        const int64_t compared = state.in_bytes[points[i]];
+        likeliest[i] = -1;
+        if (state.done - compared < many_unseen) continue;
+        likeliest[i] =
+            nearest_by_first_bytes(state, points[i], compared / bound_block * bound_block);
+        fetch(state.point_bytes + state.picks[likeliest[i]] * state.bytes, state.bytes);
+    }
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        const size_t point = points[i];
+        if (likeliest[i] >= 0) {
+            const float error = state.pick_errors[likeliest[i]];
+            const float square = float(byte_distance(
+                state.point_bytes + point * state.bytes,
+                state.point_bytes + state.picks[likeliest[i]] * state.bytes, state.bytes));
+            if (square + error * error < likely_within(state, point, limit))
+                bring_nearer(state, point, likeliest[i], square);
+            // As if it had been compared with all of them: most are farther.
+            if (state.distances[point] <= limit) state.in_bytes[point] = int32_t(state.done);
+        }
+        points[kept] = int32_t(point);
+        kept += state.distances[point] > limit;
+    }
+    return kept;
 }
 
 // Keeps those of the points that no pick of the block from number `first` on brings within the
@@ -150,8 +215,16 @@ int still_beyond(KCenter& state, int64_t first, float limit, int32_t* points, in
         byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first,
                        state.point_bytes + point * state.bytes, state.infos[point].square,
                        state.bytes, squares);
-        bring_nearer(state, point, squares, first, end, limit);
         state.in_bytes[point] = int32_t(end);
+        const float likely = likely_within(state, point, limit);
+        unsigned bits = 0;
+        for (int v = 0; v < block_vectors; ++v) {
+            const Floats error = load(state.pick_errors + first + v * lanes);
+            bits |= below(squares[v] + error * error, likely) << v * lanes;
+        }
+        if (!(bits &= (1u << (end - first)) - 1)) continue;
+        const int place = place_of_smallest(squares, bits);
+        bring_nearer(state, point, first + place, reinterpret_cast<const float*>(squares)[place]);
     }
     int kept = 0;
     for (int i = 0; i < count; ++i) {
@@ -201,11 +274,9 @@ int64_t farthest(KCenter& state, float limit) {
     int32_t points[piece];
     for (int64_t next = 0; next < state.n;) {
         int count = collect(state, limit, next, points, next ? piece : first_piece);
+        count = beyond_the_likeliest(state, limit, points, count);
         int64_t first = state.done;  // to be compared in bytes with picks from this one on
-        for (int i = 0; i < count; ++i) {
-            fetch(state.point_bytes + size_t(points[i]) * state.bytes, state.bytes);
-            first = min2<int64_t>(first, state.in_bytes[points[i]]);
-        }
+        for (int i = 0; i < count; ++i) first = min2<int64_t>(first, state.in_bytes[points[i]]);
         for (first = first / bound_block * bound_block; first < state.done && count;
              first += bound_block)
             count = still_beyond(state, first, limit, points, count);

@@ -8,7 +8,7 @@ namespace spd {
 constexpr int kcenter_block = 16;
 constexpr int kcenter_largest_byte = 63;
 constexpr int kcenter_group = 128;  // points of which one bound is kept
-constexpr int kcenter_bytes = 32;   // a point's bytes are padded, with q = 0, to a multiple
+constexpr int kcenter_bytes = 64;   // a point's bytes are padded, with q = 0, to a multiple
 
 // What is known of a point in bytes, see bytes.h.
 struct ByteInfo {
@@ -40,6 +40,10 @@ struct KCenter {
     int8_t* pick_bytes;  // times bytes
     int32_t* pick_squares;
     float* pick_errors;
+    // The first kcenter_bytes of each, with which a pick is chosen that may be near. The squares of
+    // what is no pick yet are large.
+    int8_t* pick_first_bytes;
+    int32_t* pick_first_squares;
     int64_t evaluations;  // of full distances
 };
 
