@@ -68,7 +68,8 @@ def measure(pixels: int, held: bool) -> dict:
     measured["memory"] = peak_memory() / 2**30
     if held:
         measured["read"] = seconds_of(maps.max)
-        measured["sort"] = seconds_of(maps.ravel().sort)
+        scratch = np.empty(maps.size, maps.dtype)
+        measured["sort"] = seconds_of(lambda: metrics.sort(maps.ravel(), scratch))
     return measured
 
 
@@ -100,7 +101,7 @@ def main() -> None:
         print(
             f"held, sorted in one piece: {held['seconds']:.1f} s; peak memory "
             f"{held['memory']:.2f} GiB, {held['memory before']:.2f} GiB before; same result to "
-            f"the last bit\nnp.sort of the same scores {held['sort']:.1f} s, reading them once "
+            f"the last bit\nsorting all scores once {held['sort']:.1f} s, reading them once "
             f"{held['read']:.2f} s"
         )
     print("  ".join(f"{name} {value:.6f}" for name, value in made["result"].items()))

@@ -14,10 +14,13 @@ static void sort(py::array_t<Float, py::array::c_style>& values,
     static_assert(sizeof(Float) == sizeof(Word), "a word holds the bits of one number");
     if (values.ndim() != 1 || scratch.ndim() != 1 || values.size() != scratch.size())
         throw py::value_error("values and scratch must have one dimension and the same length");
-    void *bits = values.mutable_data(), *other = scratch.mutable_data();
-    if (bits == other) throw py::value_error("values and scratch must be different arrays");
+    const size_t n = values.size();
+    auto* bits = static_cast<Word*>(static_cast<void*>(values.mutable_data()));
+    auto* other = static_cast<Word*>(static_cast<void*>(scratch.mutable_data()));
+    if (bits < other + n && other < bits + n)
+        throw py::value_error("values and scratch must not overlap");
     py::gil_scoped_release release;
-    spd::radix_sort(static_cast<Word*>(bits), static_cast<Word*>(other), size_t(values.size()));
+    spd::radix_sort(bits, other, n);
 }
 
 PYBIND11_MODULE(_sort, m) {

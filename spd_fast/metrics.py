@@ -113,7 +113,7 @@ def pixel_metrics(maps, masks, compat: str | None = None, progress: bool | None 
 
     Both may be any sequences: only `len(x)` and `x[i]` are used, once per image in each of two
     passes. So `np.memmap`, or an object that reads image i when indexed, does for sets that do not
-    fit the memory: it takes about 120 bytes per anomalous pixel, 64 MB and a few maps.
+    fit the memory: float32 maps take about 120 bytes per anomalous pixel, 64 MB and a few maps.
 
     compat="spot-diff": `au_roc` and `au_pr` are those of VisA's published script, which places 202
     thresholds by the scores of the anomalous pixels and rounds the areas to 4 decimals.
@@ -189,7 +189,8 @@ def _same_shape(scores: np.ndarray, anomalous: np.ndarray, what: str):
 def _floats(values) -> np.ndarray:
     """As float32 where that is exact (it halves the memory), else as float64."""
     values = np.asarray(values)
-    return values.astype(np.result_type(values.dtype, np.float32), copy=False)
+    exact = np.can_cast(values.dtype, np.float32)
+    return values.astype(np.float32 if exact else np.float64, copy=False)
 
 
 def _zero_one(labels) -> np.ndarray:
