@@ -46,8 +46,8 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     const auto point_bytes = new_array<uint8_t>(state.n * state.bytes);
     const auto infos = new_array<ByteInfo>(state.n);
     std::vector<int8_t> pick_bytes(room * state.bytes);
-    std::vector<int32_t> pick_squares(room), pick_first_squares(room, 1 << 30);
-    std::vector<int8_t> pick_first_bytes(room * kcenter_bytes);
+    std::vector<int32_t> pick_squares(room), pick_first_squares(room, kcenter_no_pick);
+    std::vector<int8_t> pick_first_bytes(room * kcenter_first_bytes);
     std::vector<float> pick_errors(room);
     state.distances = distances.get();
     state.peaks = peaks.get();

@@ -87,7 +87,8 @@ static inline Ints add_products(Ints sum, const int8_t* a, const int8_t* b, cons
 #endif
 }
 
-// Of two points as they are stored.
+// The squared distance of two points as they are stored, in whole vectors: bytes is a multiple of
+// 4 * lanes.
 static inline int32_t byte_distance(const uint8_t* a, const uint8_t* b, int bytes) {
 #ifdef __SSSE3__
     Ints sum = {};
@@ -123,7 +124,9 @@ static inline int32_t put_in_block(int8_t* block, int place, const uint8_t* poin
 }
 
 // Squared distances of a point's integers (bytes,), a multiple of byte_step, to those of a block.
-// `block_squares` are the squares of those in the block, and twice their excess.
+// `block_squares` are the squares of those in the block, and twice their excess. Where only the
+// order within a block counts, `square` may be 0 for the point's own; the distances may then be
+// negative.
 static inline void byte_distances(const int8_t* block, const int32_t* block_squares,
                                   const uint8_t* point, int32_t square, int bytes, Floats* out) {
     constexpr int four = 4 * bound_block;  // bytes of four coordinates

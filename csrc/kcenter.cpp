@@ -14,7 +14,8 @@ namespace SPD_ISA {
 namespace {
 
 static_assert(kcenter_block == bound_block && kcenter_bytes % byte_step == 0 &&
-                  kcenter_bytes % lanes == 0 && kcenter_group % lanes == 0,
+                  kcenter_bytes % (4 * lanes) == 0 && kcenter_group % lanes == 0 &&
+                  kcenter_first_bytes <= kcenter_bytes && kcenter_first_bytes % byte_step == 0,
               "the header cannot include vectors.h");
 
 // So many points are looked at together: their bytes stay in the first cache while blocks of picks
@@ -28,19 +29,19 @@ constexpr int many_picks = 512;
 constexpr int64_t many_unseen = 64;
 
 void add_pick(KCenter& state, int64_t point) {
-    const int64_t number = state.done++, first = number / bound_block * bound_block;
+    const int64_t number = state.done++, block = number / bound_block * bound_block;
+    const int place = int(number - block);
+    const uint8_t* bytes = state.point_bytes + point * state.bytes;
     state.picks[number] = point;
-    const int32_t excess = put_in_block(state.pick_bytes + first * state.bytes, int(number - first),
-                                        state.point_bytes + point * state.bytes, state.bytes);
+    const int32_t excess =
+        put_in_block(state.pick_bytes + block * state.bytes, place, bytes, state.bytes);
     state.pick_squares[number] = state.infos[point].square + 2 * excess;
     state.pick_errors[number] = state.infos[point].error;
-    const uint8_t* bytes = state.point_bytes + point * state.bytes;
-    int32_t square = 0;
-    for (int c = 0; c < kcenter_bytes; ++c)
+    int32_t square = 2 * put_in_block(state.pick_first_bytes + block * kcenter_first_bytes, place,
+                                      bytes, kcenter_first_bytes);
+    for (int c = 0; c < kcenter_first_bytes; ++c)
         square += (bytes[c] - made_positive) * (bytes[c] - made_positive);
-    state.pick_first_squares[number] =
-        square + 2 * put_in_block(state.pick_first_bytes + first * kcenter_bytes,
-                                  int(number - first), bytes, kcenter_bytes);
+    state.pick_first_squares[number] = square;
     state.distances[point] = -1;
 }
 
@@ -96,7 +97,8 @@ float largest_of_group(const float* distances) {
     return found;
 }
 
-// The next points whose bounds are beyond the limit, at most so many of them.
+// The next points whose bounds are beyond the limit, at most so many of them. Their bytes are asked
+// for.
 int collect(KCenter& state, float limit, int64_t& next, int32_t* points, int most) {
     int count = 0;
     while (next < state.n && count <= most - lanes) {
@@ -110,24 +112,26 @@ int collect(KCenter& state, float limit, int64_t& next, int32_t* points, int mos
             }
         }
         for (unsigned bits = below(Floats{} + limit, load(distances)); bits; bits &= bits - 1) {
-            points[count] = int32_t(next + __builtin_ctz(bits));
-            fetch(state.point_bytes + size_t(points[count++]) * state.bytes, state.bytes);
+            const size_t point = next + __builtin_ctz(bits);
+            fetch(state.point_bytes + point * state.bytes, state.bytes);
+            points[count++] = int32_t(point);
         }
         next += lanes;
     }
     return count;
 }
 
-// A pick at a squared distance in integers below this, its own squared error included, is probably
-// within the limit of a point. In many dimensions what is left over is nearly orthogonal to the
-// rest: the sum of squares is close to the squared distance. Where it is not, that costs time, but
-// no bound is wrong.
-float likely_within(const KCenter& state, size_t point, float limit) {
+// The squared distance in integers, the pick's squared error included, below which a pick is
+// probably within the limit of a point. In many dimensions what is left over is nearly orthogonal
+// to the rest: the sum of squares is close to the squared distance. Where it is not, that costs
+// time, but no bound is wrong.
+float likely_limit(const KCenter& state, size_t point, float limit) {
     const float error = state.infos[point].error;
     return limit * state.scale * state.scale - error * error;
 }
 
-// Lowers a point's bound to what it is from a pick at this squared distance in integers.
+// Lowers a point's bound by a pick: to what `square`, their squared distance in integers, tells, or
+// where there are many to their distance.
 void bring_nearer(KCenter& state, size_t point, int64_t number, float square) {
     float& distance = state.distances[point];
     if (state.done < many_picks) {
@@ -144,45 +148,37 @@ void bring_nearer(KCenter& state, size_t point, int64_t number, float square) {
     }
 }
 
-// The pick, from number `begin` on, that is nearest by the first bytes.
+// The pick that is nearest by the first bytes, from the block of number `begin` on; many_unseen are
+// more than a block, so in every place there is one.
 int64_t nearest_by_first_bytes(const KCenter& state, size_t point, int64_t begin) {
     const uint8_t* bytes = state.point_bytes + point * state.bytes;
     Floats smallest[block_vectors];
-    Ints block[block_vectors] = {};
+    Ints block_of[block_vectors] = {};
     for (Floats& s : smallest) s = Floats{} + FLT_MAX;
-    for (int64_t first = begin; first < state.done; first += bound_block) {
+    for (int64_t block = begin / bound_block * bound_block; block < state.done;
+         block += bound_block) {
         Floats squares[block_vectors];
-        byte_distances(state.pick_first_bytes + first * kcenter_bytes,
-                       state.pick_first_squares + first, bytes, 0, kcenter_bytes, squares);
+        byte_distances(state.pick_first_bytes + block * kcenter_first_bytes,
+                       state.pick_first_squares + block, bytes, 0, kcenter_first_bytes, squares);
         for (int v = 0; v < block_vectors; ++v) {
             const Ints nearer = squares[v] < smallest[v];
             smallest[v] = nearer ? squares[v] : smallest[v];
-            block[v] = nearer ? Ints{} + int32_t(first) : block[v];
+            block_of[v] = nearer ? Ints{} + int32_t(block) : block_of[v];
         }
     }
-    float values[bound_block];
-    int32_t blocks[bound_block];
-    memcpy(values, smallest, sizeof values);
-    memcpy(blocks, block, sizeof blocks);
-    float least = values[0];
-    for (int i = 1; i < bound_block; ++i) least = min2(least, values[i]);
-    unsigned larger = 0;
-    for (int v = 0; v < block_vectors; ++v)
-        larger |= below(Floats{} + least, smallest[v]) << v * lanes;
-    const int place = __builtin_ctz(~larger);
-    return blocks[place] + place;
+    const int place = place_of_smallest(smallest, (1u << bound_block) - 1);
+    return reinterpret_cast<const int32_t*>(block_of)[place] + place;
 }
 
 // Keeps those of the points that the one pick which is nearest by the first bytes does not bring
-// within the limit: for more than half of the points that saves looking at the others.
+// within the limit: of patches, for more than half of them that saves looking at the others.
 int beyond_the_likeliest(KCenter& state, float limit, int32_t* points, int count) {
-    int64_t likeliest[piece];
+    int64_t likeliest[piece];  // or -1; all are known, and asked for, before any is compared
     for (int i = 0; i < count; ++i) {
-        const int64_t compared = state.in_bytes[points[i]];
+        const int64_t begin = state.in_bytes[points[i]];
         likeliest[i] = -1;
-        if (state.done - compared < many_unseen) continue;
-        likeliest[i] =
-            nearest_by_first_bytes(state, points[i], compared / bound_block * bound_block);
+        if (state.done - begin < many_unseen) continue;
+        likeliest[i] = nearest_by_first_bytes(state, points[i], begin);
         fetch(state.point_bytes + state.picks[likeliest[i]] * state.bytes, state.bytes);
     }
     int kept = 0;
@@ -190,12 +186,13 @@ int beyond_the_likeliest(KCenter& state, float limit, int32_t* points, int count
         const size_t point = points[i];
         if (likeliest[i] >= 0) {
             const float error = state.pick_errors[likeliest[i]];
-            const float square = float(byte_distance(
-                state.point_bytes + point * state.bytes,
-                state.point_bytes + state.picks[likeliest[i]] * state.bytes, state.bytes));
-            if (square + error * error < likely_within(state, point, limit))
+            const uint8_t* pick = state.point_bytes + state.picks[likeliest[i]] * state.bytes;
+            const float square =
+                float(byte_distance(state.point_bytes + point * state.bytes, pick, state.bytes));
+            if (square + error * error < likely_limit(state, point, limit))
                 bring_nearer(state, point, likeliest[i], square);
-            // As if it had been compared with all of them: most are farther.
+            // As if it had been compared with all of them, as most are farther. What was really
+            // compared is in `seen`.
             if (state.distances[point] <= limit) state.in_bytes[point] = int32_t(state.done);
         }
         points[kept] = int32_t(point);
@@ -216,7 +213,7 @@ int still_beyond(KCenter& state, int64_t first, float limit, int32_t* points, in
                        state.point_bytes + point * state.bytes, state.infos[point].square,
                        state.bytes, squares);
         state.in_bytes[point] = int32_t(end);
-        const float likely = likely_within(state, point, limit);
+        const float likely = likely_limit(state, point, limit);
         unsigned bits = 0;
         for (int v = 0; v < block_vectors; ++v) {
             const Floats error = load(state.pick_errors + first + v * lanes);

@@ -9,6 +9,8 @@ constexpr int kcenter_block = 16;
 constexpr int kcenter_largest_byte = 63;
 constexpr int kcenter_group = 128;  // points of which one bound is kept
 constexpr int kcenter_bytes = 64;   // a point's bytes are padded, with q = 0, to a multiple
+// So many bytes of the picks are looked at first; their square is this where there is no pick yet.
+constexpr int kcenter_first_bytes = 64, kcenter_no_pick = 1 << 30;
 
 // What is known of a point in bytes, see bytes.h.
 struct ByteInfo {
@@ -28,7 +30,7 @@ struct KCenter {
     float* peaks;
     // Of the points, room for n of each. `distances` are squared, to the nearest pick or larger,
     // and negative for picks. The first `seen` picks are not nearer than that. Those before
-    // `in_bytes` were compared in bytes, which is not done again: what was too far then mostly is.
+    // `in_bytes` are not compared in bytes (again): they were too far, or probably are.
     float* distances;  // with room for whole groups
     int32_t* seen;
     int32_t* in_bytes;
@@ -40,9 +42,8 @@ struct KCenter {
     int8_t* pick_bytes;  // times bytes
     int32_t* pick_squares;
     float* pick_errors;
-    // The first kcenter_bytes of each, with which a pick is chosen that may be near. The squares of
-    // what is no pick yet are large.
-    int8_t* pick_first_bytes;
+    // The same of their first bytes alone, by which a pick is chosen that may be near.
+    int8_t* pick_first_bytes;  // times kcenter_first_bytes
     int32_t* pick_first_squares;
     int64_t evaluations;  // of full distances
 };

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from spd_fast.errors import InputError
-from spd_fast.metrics import find_positives, image_metrics, sort
+from spd_fast.metrics import find_positives, floats, image_metrics, sort
 
 BLOCK = 64  # resamples at a time: bounds the memory, and a block stays in the cache
 
@@ -96,7 +96,7 @@ def _thresholds(positives: np.ndarray, n: int) -> np.ndarray:
 
 def _above_and_at(scores: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(2 K + 1,): how many scores are > and >= each of K falling points, alternating, then all."""
-    scores = np.array(scores)
+    scores = np.array(floats(scores))
     sort(scores, np.empty_like(scores))
     above = scores.size - np.searchsorted(scores, points, side="right")
     at = scores.size - np.searchsorted(scores, points, side="left")

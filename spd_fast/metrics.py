@@ -85,8 +85,8 @@ def image_metrics(scores, labels) -> Metrics:
     """Metrics of image scores (N,) against labels (N,), 0 normal and 1 anomalous; au_pro is None.
 
     Raises:
-        InputError: no scores, shapes that differ, a score that is not finite, a label that is not 0
-            or 1, or only one of the two classes.
+        InputError: no scores, shapes that differ, a score that is no finite number, a label that is
+            not 0 or 1, or only one of the two classes.
     """
     if len(scores) and np.ndim(scores[0]) != 0:
         raise InputError(f"image score 0 has shape {np.shape(scores[0])}, expected one number")
@@ -170,12 +170,12 @@ def _pieces(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Scores and whether they are anomalous: image by image, or all at once if given flat."""
     if np.ndim(scores[0]) == 0:
-        yield _same_shape(_floats(scores), _zero_one(labels), "the labels")
+        yield _same_shape(floats(scores), _zero_one(labels), "the labels")
         return
     if progress is None:
         progress = len(scores) * math.prod(np.shape(scores[0])) >= LONG
     for i in tqdm(range(len(scores)), desc=title, unit="image", disable=not progress):
-        yield _same_shape(_floats(scores[i]), np.asarray(labels[i]) > 0, f"the mask of image {i}")
+        yield _same_shape(floats(scores[i]), np.asarray(labels[i]) > 0, f"the mask of image {i}")
 
 
 def _same_shape(scores: np.ndarray, anomalous: np.ndarray, what: str):
@@ -186,9 +186,11 @@ def _same_shape(scores: np.ndarray, anomalous: np.ndarray, what: str):
     return scores, anomalous
 
 
-def _floats(values) -> np.ndarray:
+def floats(values) -> np.ndarray:
     """As float32 where that is exact (it halves the memory), else as float64."""
     values = np.asarray(values)
+    if values.dtype.kind not in "biufO":
+        raise InputError(f"scores are of type {values.dtype}, expected real numbers")
     exact = np.can_cast(values.dtype, np.float32)
     return values.astype(np.float32 if exact else np.float64, copy=False)
 
@@ -204,7 +206,7 @@ def _zero_one(labels) -> np.ndarray:
 
 
 def _raise_not_finite(scores) -> None:
-    bad = [int(np.count_nonzero(~np.isfinite(_floats(scores[i])))) for i in range(len(scores))]
+    bad = [int(np.count_nonzero(~np.isfinite(floats(scores[i])))) for i in range(len(scores))]
     images = np.flatnonzero(bad)
     raise InputError(
         f"{sum(bad)} scores are NaN or infinite, in {len(images)} of {len(scores)} images, "

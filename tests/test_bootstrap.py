@@ -172,6 +172,15 @@ def test_pixel_replicates_of_one_pixel_are_those_of_images():
     same(pixel_replicates(maps, masks, counts), image_replicates(scores, labels, counts), 1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["f2", ">f4", "u1", "i8", "g"])
+def test_maps_of_any_type(dtype):
+    maps, masks = smooth_maps(12, 20, 4, shift=1.0)
+    maps = np.round(maps * 4 + 100)
+    counts = resample_counts(masks.any(axis=(1, 2)), 20, seed=0)
+    expected = pixel_replicates(maps, masks, counts)
+    same(pixel_replicates(maps.astype(dtype), masks, counts), expected, 1e-12)
+
+
 def test_maps_of_several_sizes():
     maps, masks = smooth_maps(12, 20, 4, shift=1.0)
     counts = resample_counts(masks.any(axis=(1, 2)), 20, seed=0)

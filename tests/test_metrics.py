@@ -307,6 +307,13 @@ def test_scores_of_any_type(dtype):
     assert image_metrics(scores.astype(dtype), labels) == image_metrics(scores * 1.0, labels)
 
 
+@pytest.mark.parametrize("dtype", [complex, "U3", "M8[s]"])
+def test_scores_that_are_no_numbers_are_refused(dtype):
+    scores = np.arange(100).astype("i8").astype(dtype)
+    with pytest.raises(InputError, match="scores are of type .*, expected real numbers"):
+        image_metrics(scores, np.arange(100) % 3 == 0)
+
+
 def test_metrics_without_the_compiled_sort():
     code = (
         "import sys\nsys.modules['spd_fast._sort'] = None\n"
