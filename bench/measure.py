@@ -58,7 +58,6 @@ def share(job: Callable, amount: int, limit: Limit, rounds: int = 15) -> tuple[f
     the median over rounds of the job between two runs of the limit. Neither is just repeated: what
     they read is in no cache before. But the threads are awake, as after a network. (A thread that
     sleeps may be woken on a busy core, and waits there for the scheduler's next tick, 4 ms.)"""
-
     policy = os.environ.get("OMP_WAIT_POLICY", "")
     assert policy.lower() != "passive", "threads would sleep: leave OMP_WAIT_POLICY unset"
     of_limit, amount_of_limit = limit

@@ -7,7 +7,7 @@
 
 namespace spd {
 
-constexpr int BYTE = 8, VALUES_OF_BYTE = 1 << BYTE;
+constexpr int byte_bits = 8, byte_values = 1 << byte_bits;
 
 // The bits of a float or double (Word is the unsigned integer of its size) as a number in the same
 // order: all bits of a negative number turn round, of others just the sign. -0 comes before 0.
@@ -25,7 +25,7 @@ inline Word bits_of_key(Word key) {
 // Turns counts into where each begins.
 inline void begin_at(size_t* counts) {
     size_t begin = 0;
-    for (int value = 0; value < VALUES_OF_BYTE; ++value) {
+    for (int value = 0; value < byte_values; ++value) {
         const size_t count = counts[value];
         counts[value] = begin;
         begin += count;
@@ -36,14 +36,14 @@ inline void begin_at(size_t* counts) {
 // and this returns which.
 template <class Word>
 inline Word* sort_by_bytes(Word* keys, Word* other, size_t n, int bytes) {
-    size_t counts[sizeof(Word)][VALUES_OF_BYTE] = {};
+    size_t counts[sizeof(Word)][byte_values] = {};
     for (size_t i = 0; i < n; ++i)
-        for (int byte = 0; byte < bytes; ++byte) ++counts[byte][keys[i] >> BYTE * byte & 0xff];
+        for (int byte = 0; byte < bytes; ++byte) ++counts[byte][keys[i] >> byte_bits * byte & 0xff];
     for (int byte = 0; byte < bytes; ++byte) {
         size_t* at = counts[byte];
-        if (at[keys[0] >> BYTE * byte & 0xff] == n) continue;  // all have the same
+        if (at[keys[0] >> byte_bits * byte & 0xff] == n) continue;  // all have the same
         begin_at(at);
-        for (size_t i = 0; i < n; ++i) other[at[keys[i] >> BYTE * byte & 0xff]++] = keys[i];
+        for (size_t i = 0; i < n; ++i) other[at[keys[i] >> byte_bits * byte & 0xff]++] = keys[i];
         std::swap(keys, other);
     }
     return keys;
@@ -60,10 +60,10 @@ void radix_sort(Word* bits, Word* scratch, size_t n) {
         highest = std::max(highest, key_of(bits[i]));
     }
     int shift = 0;  // leaves a byte of the largest difference
-    while (shift < int(8 * sizeof(Word)) - BYTE && (highest - lowest) >> shift >= VALUES_OF_BYTE)
+    while (shift < int(8 * sizeof(Word)) - byte_bits && (highest - lowest) >> shift >= byte_values)
         ++shift;
 
-    size_t at[VALUES_OF_BYTE] = {};
+    size_t at[byte_values] = {};
     for (size_t i = 0; i < n; ++i) ++at[(key_of(bits[i]) - lowest) >> shift];
     begin_at(at);
     for (size_t i = 0; i < n; ++i) {
@@ -73,10 +73,11 @@ void radix_sort(Word* bits, Word* scratch, size_t n) {
     size_t begin = 0;
     for (const size_t end : at) {  // it has moved on to where the next begins
         Word* sorted = scratch + begin;
-        if (end - begin < VALUES_OF_BYTE)  // counting would take longer
+        if (end - begin < byte_values)  // counting would take longer
             std::sort(sorted, scratch + end);
         else
-            sorted = sort_by_bytes(sorted, bits + begin, end - begin, (shift + BYTE - 1) / BYTE);
+            sorted = sort_by_bytes(sorted, bits + begin, end - begin,
+                                   (shift + byte_bits - 1) / byte_bits);
         for (size_t i = begin; i < end; ++i)
             bits[i] = bits_of_key<Word>(sorted[i - begin] + lowest);
         begin = end;
