@@ -2,19 +2,75 @@
 
 #include <atomic>
 #include <cfloat>
+#include <cmath>
 #include <memory>
 
 #include "bindings.h"
 
 namespace spd {
 
-// Not initialised: what fills it touches every page anyway.
+// Not initialised: what fills it touches every page anyway. Vectors do not cross cache lines in it.
 template <class T>
 static std::unique_ptr<T, decltype(&free)> new_array(int64_t size) {
     const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
     T* array = static_cast<T*>(aligned_alloc(64, bytes));
     if (!array) throw std::bad_alloc();
     return {array, &free};
+}
+
+template <class T>
+static std::unique_ptr<T, decltype(&free)> new_array(int64_t size, T value) {
+    auto array = new_array<T>(size);
+    std::fill_n(array.get(), size, value);
+    return array;
+}
+
+// Where bytes have to reach: their origin (d,), and how far from it coordinates are. A sample of
+// the points tells, without its outermost twentieth: of those coordinates are cut off, and bytes
+// are finer for all others. Infinite if numbers of the sample are not finite.
+static std::pair<py::array_t<float>, float> reach_of_bytes(const py::array& points, int sample) {
+    require(points.ndim() == 2 && points.size() > 0 && sample > 0, "points must be 2-D, some");
+    const int64_t d = points.shape(1), step = (points.shape(0) + sample - 1) / sample;
+    const int64_t count = (points.shape(0) + step - 1) / step;
+    const float* first = data_of<float>(points, "points", {points.shape(0), d});
+    py::array_t<float> origin(d);
+    float* mean = origin.mutable_data();
+    std::vector<float> sizes(count);  // largest coordinates, once there is an origin
+
+    const auto move_origin = [&](float limit) {  // to the mean of those that are not larger
+        std::fill_n(mean, d, 0.f);
+        int64_t inner = 0;
+        for (int64_t i = 0; i < count; ++i)
+            if (sizes[i] <= limit) {
+                const float* point = first + i * step * d;
+                for (int64_t c = 0; c < d; ++c) mean[c] += point[c];
+                ++inner;
+            }
+        for (int64_t c = 0; c < d; ++c) mean[c] /= float(inner);
+    };
+    const auto size_of = [&](int64_t i) {
+        const float* point = first + i * step * d;
+        float size = 0;
+        bool finite = true;
+        for (int64_t c = 0; c < d; ++c) {
+            const float distance = std::abs(point[c] - mean[c]);
+            finite &= distance <= FLT_MAX;
+            size = std::max(size, distance);
+        }
+        return finite ? size : INFINITY;
+    };
+
+    move_origin(0);
+    for (int64_t i = 0; i < count; ++i) sizes[i] = size_of(i);
+    std::vector<float> ordered = sizes;
+    const auto last = ordered.begin() + (95 * count + 99) / 100 - 1;
+    std::nth_element(ordered.begin(), last, ordered.end());
+    if (!(*last <= FLT_MAX)) return {origin, INFINITY};
+    move_origin(*last);
+    float reach = 1e-30f;  // its inverse must be finite
+    for (int64_t i = 0; i < count; ++i)
+        if (sizes[i] <= *last) reach = std::max(reach, size_of(i));
+    return {origin, reach};
 }
 
 // Fills picks (k,), whose first is the start. Bytes are exact to 1 / 126 of `reach` for coordinates
@@ -43,23 +99,26 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     const auto distances = new_array<float>(groups * kcenter_group);
     const auto peaks = new_array<float>(groups);
     const auto seen = new_array<int32_t>(state.n), in_bytes = new_array<int32_t>(state.n);
+    const auto nearest = new_array<int32_t>(state.n + 2);
     const auto point_bytes = new_array<uint8_t>(state.n * state.bytes);
     const auto infos = new_array<ByteInfo>(state.n);
-    std::vector<int8_t> pick_bytes(room * state.bytes);
-    std::vector<int32_t> pick_squares(room), pick_first_squares(room, kcenter_no_pick);
-    std::vector<int8_t> pick_first_bytes(room * kcenter_first_bytes);
-    std::vector<float> pick_errors(room);
+    const auto pick_bytes = new_array<int8_t>(room * state.bytes, 0);
+    const auto pick_squares = new_array<int32_t>(room, 0);
+    const auto pick_errors = new_array<float>(room, 0);
+    const auto pick_first_bytes = new_array<int8_t>(room * kcenter_first_bytes, 0);
+    const auto pick_first_squares = new_array<int32_t>(room, kcenter_no_pick);
     state.distances = distances.get();
     state.peaks = peaks.get();
     state.seen = seen.get();
     state.in_bytes = in_bytes.get();
+    state.nearest = nearest.get() + 1;
     state.point_bytes = point_bytes.get();
     state.infos = infos.get();
-    state.pick_bytes = pick_bytes.data();
-    state.pick_squares = pick_squares.data();
-    state.pick_errors = pick_errors.data();
-    state.pick_first_bytes = pick_first_bytes.data();
-    state.pick_first_squares = pick_first_squares.data();
+    state.pick_bytes = pick_bytes.get();
+    state.pick_squares = pick_squares.get();
+    state.pick_errors = pick_errors.get();
+    state.pick_first_bytes = pick_first_bytes.get();
+    state.pick_first_squares = pick_first_squares.get();
     {
         py::gil_scoped_release release;
         if (!kernels->kcenter_begin(state, largest)) return -1;
@@ -109,6 +168,7 @@ static void nearest_neighbors(const py::array& queries, const py::array& bank,
 }
 
 void bind_patchcore(py::module_& m) {
+    m.def("reach_of_bytes", &reach_of_bytes);
     m.def("greedy_kcenter", &greedy_kcenter);
     m.def("nearest_neighbors", &nearest_neighbors);
 }

@@ -35,21 +35,21 @@ static inline void store_bytes(uint8_t* to, Ints integers) {
 // than too small: the margins cover the rounding of up to 65,536 terms.
 static inline ByteInfo to_bytes(const float* x, const float* origin, float scale, int d,
                                 uint8_t* bytes) {
-    constexpr float shift = 12582912;  // 1.5 * 2^23: adding it rounds to whole numbers
+    // 1.5 * 2^23: adding it rounds to whole numbers, which are then what its bits are larger by.
+    constexpr float shift = 12582912;
     Floats left_over = {};
     Ints square = {};
     for (int c = 0; c < d; c += lanes) {
         const Floats place = (load_first(x + c, d - c) - load_first(origin + c, d - c)) * scale;
-        Floats whole = place < -float(largest_byte) ? Floats{} - largest_byte : place;
-        whole = whole > float(largest_byte) ? Floats{} + largest_byte : whole;
-        whole = (whole + shift) - shift;
-        left_over += (place - whole) * (place - whole);
-        const Ints integers = __builtin_convertvector(whole, Ints);
+        const Floats end = Floats{} + largest_byte;
+        const Floats shifted = larger(smaller(place, end), -end) + shift;
+        const Ints integers = (Ints)shifted - int32_t(bits_of(shift));
+        const Floats rest = place - (shifted - shift);
+        left_over = multiply_add(rest, rest, left_over);
         square += integers * integers;
         store_bytes(bytes + c, integers + made_positive);
     }
-    ByteInfo info{0, 0};
-    for (int i = 0; i < lanes; ++i) info.square += square[i];
+    ByteInfo info{0, sum_of(square)};
     const float length = sqrtf(sum_of(left_over));
     info.error = length * 1.001f + 1e-6f * (length + sqrtf(float(info.square)));
     return info;
@@ -101,9 +101,7 @@ static inline int32_t byte_distance(const uint8_t* a, const uint8_t* b, int byte
         const ByteVector pairs = SPD_BYTES(maddubs_epi16)(size, size);  // 2 * 126^2 fits
         sum += (Ints)SPD_BYTES(madd_epi16)(pairs, SPD_BYTES(set1_epi16)(1));
     }
-    int32_t total = 0;
-    for (int i = 0; i < lanes; ++i) total += sum[i];
-    return total;
+    return sum_of(sum);
 #else
     int32_t total = 0;
     for (int c = 0; c < bytes; ++c) total += (a[c] - b[c]) * (a[c] - b[c]);

@@ -18,11 +18,12 @@ constexpr int block_vectors = bound_block / lanes;
 
 // Halves are added to each other until one number is left: the same tree for any vector width.
 static inline float tree_sum(const Floats* sums) {
-    float part[partial_sums];
-    for (int i = 0; i < partial_sums / lanes; ++i) store(part + i * lanes, sums[i]);
-    for (int half = partial_sums / 2; half > 0; half /= 2)
+    constexpr int vectors = partial_sums / lanes;
+    Floats part[vectors];
+    for (int i = 0; i < vectors; ++i) part[i] = sums[i];
+    for (int half = vectors / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    return part[0];
+    return sum_of(part[0]);
 }
 
 // Squared distance, or infinity where a part of the sum already exceeds `limit`. Rounding is
@@ -68,8 +69,7 @@ static inline unsigned below(Floats a, Floats b) {
 static inline unsigned below(Floats a, float limit) { return below(a, Floats{} + limit); }
 
 // Squared distances from the coordinates of `queries` points, one row after the other, to those of
-// a block: out[q * block_vectors + v]. Bounds may round as they like, so this multiplies and adds
-// in one instruction where there is one.
+// a block: out[q * block_vectors + v]. Bounds may round as they like.
 template <int queries>
 static inline void bound_distances(const float* block, const float* query, int coordinates,
                                    Floats* out) {
@@ -80,13 +80,7 @@ static inline void bound_distances(const float* block, const float* query, int c
             for (int q = 0; q < queries; ++q) {
                 const Floats delta = item - query[q * coordinates + c];
                 Floats& to = sum[q * block_vectors + v];
-#if defined(__AVX512F__)
-                to = (Floats)_mm512_fmadd_ps((__m512)delta, (__m512)delta, (__m512)to);
-#elif defined(__FMA__)
-                to = (Floats)_mm256_fmadd_ps((__m256)delta, (__m256)delta, (__m256)to);
-#else
-                to += delta * delta;
-#endif
+                to = multiply_add(delta, delta, to);
             }
         }
     for (int i = 0; i < queries * block_vectors; ++i) out[i] = sum[i];

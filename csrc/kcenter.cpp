@@ -43,6 +43,7 @@ void add_pick(KCenter& state, int64_t point) {
         square += (bytes[c] - made_positive) * (bytes[c] - made_positive);
     state.pick_first_squares[number] = square;
     state.distances[point] = -1;
+    state.nearest[point] = int32_t(number);
 }
 
 // GCC leaves out calls of a function that only fetches: it has to be inlined.
@@ -76,22 +77,18 @@ int place_of_smallest(const Floats* squares, unsigned bits) {
 
 // NaN is not.
 bool all_within(const float* point, int d, float largest) {
-    Ints beyond = {};
+    unsigned beyond = 0;
     for (int c = 0; c < d; c += lanes) {
-        const Ints size = (Ints)load_first(point + c, d - c) & 0x7fffffff;  // ordered as the sizes
-        beyond |= size > int32_t(bits_of(largest));
+        const Ints size = (Ints)load_first(point + c, d - c) & 0x7fffffff;
+        beyond |= below(Floats{} + largest, (Floats)size);
     }
-    int32_t any = 0;
-    for (int i = 0; i < lanes; ++i) any |= beyond[i];
-    return !any;
+    return !beyond;
 }
 
 float largest_of_group(const float* distances) {
     Floats largest = load(distances);
-    for (int i = lanes; i < kcenter_group; i += lanes) {
-        const Floats some = load(distances + i);
-        largest = some > largest ? some : largest;
-    }
+    for (int i = lanes; i < kcenter_group; i += lanes)
+        largest = larger(largest, load(distances + i));
     float found = largest[0];
     for (int i = 1; i < lanes; ++i) found = max2(found, largest[i]);
     return found;
@@ -133,6 +130,7 @@ float likely_limit(const KCenter& state, size_t point, float limit) {
 // Lowers a point's bound by a pick: to what `square`, their squared distance in integers, tells, or
 // where there are many to their distance.
 void bring_nearer(KCenter& state, size_t point, int64_t number, float square) {
+    state.nearest[point] = int32_t(number);
     float& distance = state.distances[point];
     if (state.done < many_picks) {
         // 1e-16 covers what of an error underflowed when it was squared; for the rest see
@@ -146,6 +144,39 @@ void bring_nearer(KCenter& state, size_t point, int64_t number, float square) {
         distance = min2(distance, dist2(own, pick, state.d, distance));
         ++state.evaluations;
     }
+}
+
+// Whether a pick brings a point within the limit.
+bool brings_within(KCenter& state, float limit, size_t point, int64_t number) {
+    const float error = state.pick_errors[number];
+    const uint8_t* pick = state.point_bytes + state.picks[number] * state.bytes;
+    const float square =
+        float(byte_distance(state.point_bytes + point * state.bytes, pick, state.bytes));
+    if (square + error * error >= likely_limit(state, point, limit)) return false;
+    bring_nearer(state, point, number, square);
+    if (state.distances[point] > limit) return false;
+    // As if it had been compared with all of them, as most are farther. What was really compared
+    // is in `seen`.
+    state.in_bytes[point] = int32_t(state.done);
+    return true;
+}
+
+// Keeps those of the points that no pick to which a neighbour is near brings within the limit.
+// Neighbours are patches beside each other in an image.
+int beyond_the_neighbours(KCenter& state, float limit, int32_t* points, int count) {
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+        const int64_t point = points[i];
+        bool within = false;
+        for (int side = -1; side <= 1 && !within; side += 2) {
+            const int32_t number = state.nearest[point + side];
+            if (number >= state.in_bytes[point])
+                within = brings_within(state, limit, point, number);
+        }
+        points[kept] = int32_t(point);
+        kept += !within;
+    }
+    return kept;
 }
 
 // The pick that is nearest by the first bytes, from the block of number `begin` on; many_unseen are
@@ -183,20 +214,9 @@ int beyond_the_likeliest(KCenter& state, float limit, int32_t* points, int count
     }
     int kept = 0;
     for (int i = 0; i < count; ++i) {
-        const size_t point = points[i];
-        if (likeliest[i] >= 0) {
-            const float error = state.pick_errors[likeliest[i]];
-            const uint8_t* pick = state.point_bytes + state.picks[likeliest[i]] * state.bytes;
-            const float square =
-                float(byte_distance(state.point_bytes + point * state.bytes, pick, state.bytes));
-            if (square + error * error < likely_limit(state, point, limit))
-                bring_nearer(state, point, likeliest[i], square);
-            // As if it had been compared with all of them, as most are farther. What was really
-            // compared is in `seen`.
-            if (state.distances[point] <= limit) state.in_bytes[point] = int32_t(state.done);
-        }
-        points[kept] = int32_t(point);
-        kept += state.distances[point] > limit;
+        const int32_t point = points[i];
+        points[kept] = point;
+        kept += likeliest[i] < 0 || !brings_within(state, limit, point, likeliest[i]);
     }
     return kept;
 }
@@ -239,6 +259,11 @@ void compare(KCenter& state, size_t point, float limit) {
     const ByteInfo info = state.infos[point];
     float smallest = state.distances[point];
     int64_t seen = state.seen[point];
+    if (smallest > limit) {  // by bytes, mostly; the same distance may already be enough
+        const float* pick = state.points + state.picks[state.nearest[point]] * state.d;
+        smallest = min2(smallest, dist2(own, pick, state.d, smallest));
+        ++state.evaluations;
+    }
     while (seen < state.done && smallest > max2(limit, 0.f)) {
         const int64_t first = seen / bound_block * bound_block;
         const int64_t end = min2<int64_t>(first + bound_block, state.done);
@@ -257,6 +282,7 @@ void compare(KCenter& state, size_t point, float limit) {
             bits &= ~(1u << place);
             if (distance >= smallest) continue;
             smallest = distance;
+            state.nearest[point] = int32_t(first + place);
             bits = candidates(squares, errors, info.error, distance, state.scale, bits);
         }
     }
@@ -271,6 +297,7 @@ int64_t farthest(KCenter& state, float limit) {
     int32_t points[piece];
     for (int64_t next = 0; next < state.n;) {
         int count = collect(state, limit, next, points, next ? piece : first_piece);
+        count = beyond_the_neighbours(state, limit, points, count);
         count = beyond_the_likeliest(state, limit, points, count);
         int64_t first = state.done;  // to be compared in bytes with picks from this one on
         for (int i = 0; i < count; ++i) first = min2<int64_t>(first, state.in_bytes[points[i]]);
@@ -307,6 +334,7 @@ bool kcenter_begin(KCenter& state, float largest) {
     }
     for (int64_t i = 0; i < state.n; i += kcenter_group) state.peaks[i / kcenter_group] = INFINITY;
     for (int64_t i = state.n; i % kcenter_group; ++i) state.distances[i] = -1;  // as if picked
+    for (int64_t i = -1; i <= state.n; ++i) state.nearest[i] = 0;
     state.evaluations = state.n - 1;
     add_pick(state, start);
     return true;

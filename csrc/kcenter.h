@@ -34,6 +34,7 @@ struct KCenter {
     float* distances;  // with room for whole groups
     int32_t* seen;
     int32_t* in_bytes;
+    int32_t* nearest;      // a pick that is near: the last one found so; one more on either side
     uint8_t* point_bytes;  // times bytes
     ByteInfo* infos;
     float radius;  // of the last pick, squared: no distance is larger

@@ -50,9 +50,67 @@ static inline Floats load_first(const float* p, int count) {
 
 static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
+// Of each place. Of a comparison GCC makes one instruction only where neither NaN nor -0 counts.
+static inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (Floats)_mm_min_ps((__m128)a, (__m128)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+static inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+    return (Floats)_mm_max_ps((__m128)a, (__m128)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+// a * b + c, rounded once where there is an instruction for it, and whatever -ffp-contract says.
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+// Halves are added to each other until one number is left: the same tree for any width.
 static inline float sum_of(Floats v) {
-    float sum = 0;
-    for (int i = 0; i < lanes; ++i) sum += v[i];
+#if defined(__AVX512F__)
+    const __m256 eight =
+        _mm512_castps512_ps256((__m512)v) + (__m256)_mm512_extractf64x4_pd((__m512d)v, 1);
+#elif defined(__AVX2__)
+    const __m256 eight = (__m256)v;
+#endif
+#if defined(__AVX2__)
+    const __m128 four = _mm256_castps256_ps128(eight) + _mm256_extractf128_ps(eight, 1);
+#else
+    const Floats four = v;
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+static inline int32_t sum_of(Ints v) {
+#if defined(__AVX512F__)
+    typedef int32_t Eight __attribute__((vector_size(32)));
+    const Eight rest =
+        (Eight)_mm512_castsi512_si256((__m512i)v) + (Eight)_mm512_extracti64x4_epi64((__m512i)v, 1);
+#else
+    const Ints rest = v;
+#endif
+    int32_t sum = 0;
+    for (size_t i = 0; i < sizeof rest / sizeof sum; ++i) sum += rest[i];
     return sum;
 }
 

@@ -12,7 +12,7 @@ from spd_fast import InputError, greedy_kcenter
 from spd_fast import reference_patchcore as reference
 from spd_fast.ops.backends import native
 from spd_fast.ops.bounds import coordinates, principal_axes, rounding
-from spd_fast.ops.kcenter import _reach_of_bytes
+from spd_fast.ops.kcenter import SAMPLE
 from spd_fast.ops.nearest import BOUNDS, nearest_neighbors, prepare_bank
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -245,11 +245,24 @@ def test_a_point_far_from_all_others(outlier):
 
 def test_bytes_are_not_made_coarse_by_a_few():
     points = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0))
-    origin, reach = _reach_of_bytes(points)
+    origin, reach = native.reach_of_bytes(points.numpy(), SAMPLE)
+    assert 2.5 < reach < 4.5  # the largest of thousands of normal numbers
+    assert np.abs(origin).max() < 0.5
     points[::31] *= 1e4
-    other_origin, other_reach = _reach_of_bytes(points)
+    other_origin, other_reach = native.reach_of_bytes(points.numpy(), SAMPLE)
     assert reach / 1.5 < other_reach < reach * 1.5
-    assert (other_origin - origin).abs().max() < 0.2 * reach
+    assert np.abs(other_origin - origin).max() < 0.2 * reach
+
+
+@pytest.mark.parametrize("count", [1, 2, 20, 127, 128, 129, 300])
+def test_the_reach_is_that_of_the_inner_points(count):
+    points = torch.randn(count, 7, generator=torch.Generator().manual_seed(count)).numpy()
+    some = points[:: -(-count // SAMPLE)]
+    sizes = np.abs(some - some.mean(0)).max(1)
+    inner = some[sizes <= np.quantile(sizes, 0.95, method="inverted_cdf")]
+    origin, reach = native.reach_of_bytes(points, SAMPLE)
+    np.testing.assert_allclose(origin, inner.mean(0), atol=1e-6)
+    assert reach == pytest.approx(max(np.abs(inner - inner.mean(0)).max(), 1e-30), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e-12])

@@ -1,5 +1,7 @@
 """`greedy_kcenter`: which points PatchCore keeps as its coreset."""
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,7 +17,7 @@ from spd_fast.ops.backends import (
     select,
 )
 
-SAMPLE = 512  # points that tell where the bytes of csrc/bytes.h have to reach
+SAMPLE = 128  # points that tell where the bytes of csrc/bytes.h have to reach
 
 
 def greedy_kcenter(
@@ -98,28 +100,16 @@ def check_values(name: str, points: Tensor) -> None:
         )
 
 
-def _reach_of_bytes(points: Tensor) -> tuple[Tensor, float]:
-    """Origin and reach of csrc/bytes.h, which leave out the outermost twentieth: of those points
-    coordinates are cut off, and bytes are finer for all others."""
-    some = points[:: -(-len(points) // SAMPLE)]
-    size = (some - some.mean(0)).abs().amax(1)
-    limit = size.kthvalue(-(-95 * len(size) // 100)).values
-    if not bool(limit.isfinite()):
-        check_values("points", points)
-    inner = some[size <= limit]
-    origin = inner.mean(0)
-    return origin, max(float((inner - origin).abs().max()), 1e-30)
-
-
 def _kcenter_native(points, k, start, progress) -> Tensor:
-    origin, reach = _reach_of_bytes(points)
+    array = points.contiguous().numpy()
     picks = torch.empty(k, dtype=torch.int64)
     picks[0] = start
+    origin, reach = native.reach_of_bytes(array, SAMPLE)
+    if not math.isfinite(reach):
+        check_values("points", points)
     # Values are looked at where they are first read: reading all of them once more would be a tenth
     # of the time of a selection of few.
-    computed = native.greedy_kcenter(
-        points.contiguous().numpy(), origin.numpy(), reach, LARGEST, picks.numpy(), progress
-    )
+    computed = native.greedy_kcenter(array, origin, reach, LARGEST, picks.numpy(), progress)
     if computed < 0:  # distances; here, a value that was refused
         check_values("points", points)
     progress(k)
