@@ -125,8 +125,9 @@ static inline int32_t put_in_block(int8_t* block, int place, const uint8_t* poin
 // `block_squares` are the squares of those in the block, and twice their excess. Where only the
 // order within a block counts, `square` may be 0 for the point's own; the distances may then be
 // negative.
-static inline void byte_distances(const int8_t* block, const int32_t* block_squares,
-                                  const uint8_t* point, int32_t square, int bytes, Floats* out) {
+static inline void block_byte_distances(const int8_t* block, const int32_t* block_squares,
+                                        const uint8_t* point, int32_t square, int bytes,
+                                        Floats* out) {
     constexpr int four = 4 * bound_block;  // bytes of four coordinates
     Ints products[block_vectors] = {};
 #pragma GCC unroll 4

@@ -189,8 +189,9 @@ int64_t nearest_by_first_bytes(const KCenter& state, size_t point, int64_t begin
     for (int64_t block = begin / bound_block * bound_block; block < state.done;
          block += bound_block) {
         Floats squares[block_vectors];
-        byte_distances(state.pick_first_bytes + block * kcenter_first_bytes,
-                       state.pick_first_squares + block, bytes, 0, kcenter_first_bytes, squares);
+        block_byte_distances(state.pick_first_bytes + block * kcenter_first_bytes,
+                             state.pick_first_squares + block, bytes, 0, kcenter_first_bytes,
+                             squares);
         for (int v = 0; v < block_vectors; ++v) {
             const Ints nearer = squares[v] < smallest[v];
             smallest[v] = nearer ? squares[v] : smallest[v];
@@ -229,9 +230,9 @@ int still_beyond(KCenter& state, int64_t first, float limit, int32_t* points, in
         const size_t point = points[i];
         if (state.in_bytes[point] >= end) continue;
         Floats squares[block_vectors];
-        byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first,
-                       state.point_bytes + point * state.bytes, state.infos[point].square,
-                       state.bytes, squares);
+        block_byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first,
+                             state.point_bytes + point * state.bytes, state.infos[point].square,
+                             state.bytes, squares);
         state.in_bytes[point] = int32_t(end);
         const float likely = likely_limit(state, point, limit);
         unsigned bits = 0;
@@ -269,8 +270,8 @@ void compare(KCenter& state, size_t point, float limit) {
         const int64_t end = min2<int64_t>(first + bound_block, state.done);
         const float* errors = state.pick_errors + first;
         Floats squares[block_vectors];
-        byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first, bytes,
-                       info.square, state.bytes, squares);
+        block_byte_distances(state.pick_bytes + first * state.bytes, state.pick_squares + first,
+                             bytes, info.square, state.bytes, squares);
         unsigned bits = ~0u << (seen - first) & ((1u << (end - first)) - 1);
         seen = end;
         bits = candidates(squares, errors, info.error, smallest, state.scale, bits);

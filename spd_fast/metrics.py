@@ -192,7 +192,10 @@ def floats(values) -> np.ndarray:
     if values.dtype.kind not in "biufO":
         raise InputError(f"scores are of type {values.dtype}, expected real numbers")
     exact = np.can_cast(values.dtype, np.float32)
-    return values.astype(np.float32 if exact else np.float64, copy=False)
+    try:
+        return values.astype(np.float32 if exact else np.float64, copy=False)
+    except (TypeError, ValueError) as error:  # an object that is no number
+        raise InputError(f"scores must be real numbers: {error}") from None
 
 
 def _zero_one(labels) -> np.ndarray:

@@ -270,6 +270,7 @@ def numbers_to_sort():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("values", [pytest.param(v, id=name) for name, v in numbers_to_sort()])
 def test_sort_is_numpys(values, dtype):
+    pytest.importorskip("spd_fast._sort", reason="not compiled: metrics sort by numpy itself")
     with np.errstate(over="ignore"):
         values = values.astype(dtype)
     ours = values.copy()
@@ -311,6 +312,14 @@ def test_scores_of_any_type(dtype):
 def test_scores_that_are_no_numbers_are_refused(dtype):
     scores = np.arange(100).astype("i8").astype(dtype)
     with pytest.raises(InputError, match="scores are of type .*, expected real numbers"):
+        image_metrics(scores, np.arange(100) % 3 == 0)
+
+
+@pytest.mark.parametrize("odd", ["high", [1.0]])
+def test_objects_that_are_no_numbers_are_refused(odd):
+    scores = np.full(100, 0.5, dtype=object)
+    scores[7] = odd
+    with pytest.raises(InputError, match="scores must be real numbers: "):
         image_metrics(scores, np.arange(100) % 3 == 0)
 
 

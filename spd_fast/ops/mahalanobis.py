@@ -194,11 +194,13 @@ def _check(
         raise InputError(
             f"channels must be (d,) int64, got {channels.dtype} {tuple(channels.shape)}"
         )
-    if channels.is_cpu and not 0 <= int(channels.min()) <= int(channels.max()) < total:
-        raise InputError(
-            f"channels must be in 0..{total - 1}, as the features have {total}; got "
-            f"{int(channels.min())}..{int(channels.max())}"
-        )
+    if channels.is_cpu:
+        first, last = map(int, channels.aminmax())
+        if first < 0 or last >= total:
+            raise InputError(
+                f"channels must be in 0..{total - 1}, as the features have {total}; got "
+                f"{first}..{last}"
+            )
     positions, d = features[0].shape[2] * features[0].shape[3], len(channels)
     if mean.shape != (positions, d) or mean.dtype != torch.float32:
         raise InputError(
