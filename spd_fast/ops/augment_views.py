@@ -11,6 +11,7 @@ from spd_fast import reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    call,
     cuda_backend,
     native,
     native_backend,
@@ -84,11 +85,7 @@ def augment_views(
     if out is None:
         out = _empty_views(params, size, dtype, channels_last, buffers[0].device)
     arguments = (buffers, layout, params, out, list(mean), list(std), threads, backend)
-    if torch.compiler.is_compiling():
-        torch.ops.spd_fast.augment_views(*arguments)
-    else:  # torch's dispatcher costs a call for a few images more than the input check does
-        _run(*arguments)
-        torch.autograd.graph.increment_version(out)
+    call("augment_views", _run, *arguments, mutated=[out])
     return out
 
 

@@ -81,6 +81,30 @@ def select(operation: str, asked: str | None, *arguments) -> Backend:
     raise InputError(f"{operation} cannot run on these arguments ({' | '.join(refusals)})")
 
 
+def call(operation: str, body: Callable, *arguments, mutated: Sequence[torch.Tensor] = ()):
+    """What `torch.ops.spd_fast.<operation>`, whose body this is, returns for these arguments.
+
+    Torch's dispatcher is needed where a call is traced (torch.compile, fake tensors) and for
+    gradients, which are refused. Elsewhere the body is called at once: the dispatcher takes as long
+    as the check of the arguments, and a custom operation's first call imports torch._dynamo, which
+    takes a second and 100 MB unless something else did.
+    """
+    if torch.compiler.is_compiling() or any(map(_needs_dispatcher, arguments)):
+        return getattr(torch.ops.spd_fast, operation)(*arguments)
+    result = body(*arguments)
+    for tensor in mutated:
+        torch.autograd.graph.increment_version(tensor)
+    return result
+
+
+def _needs_dispatcher(argument) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any(map(_needs_dispatcher, argument))
+    if not isinstance(argument, torch.Tensor):
+        return False
+    return argument.requires_grad or type(argument) is not torch.Tensor
+
+
 def native_backend(function: Callable, reasons: Callable[..., list[str]]) -> Backend:
     """The CPU backend in C++."""
     return Backend("native", "cpu", function, reasons, lambda: _NATIVE_MISSING)

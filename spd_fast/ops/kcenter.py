@@ -10,6 +10,7 @@ from spd_fast import reference_patchcore as reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    call,
     native,
     native_backend,
     not_on_cpu,
@@ -48,11 +49,10 @@ def greedy_kcenter(
     Raises:
         InputError: an argument has the wrong shape, dtype or range; the message names it.
     """
-    return torch.ops.spd_fast.greedy_kcenter(points, k, start, progress, backend)
+    return call("greedy_kcenter", _run, points, k, start, progress, backend)
 
 
-@torch.library.custom_op("spd_fast::greedy_kcenter", mutates_args=())
-def _greedy_kcenter(
+def _run(
     points: Tensor, k: int, start: int = 0, progress: bool = False, backend: str | None = None
 ) -> Tensor:
     check_shape("points", points)
@@ -65,7 +65,10 @@ def _greedy_kcenter(
         return chosen.function(points, k, start, lambda done: bar.update(done - bar.n))
 
 
-@_greedy_kcenter.register_fake
+_op = torch.library.custom_op("spd_fast::greedy_kcenter", _run, mutates_args=())
+
+
+@_op.register_fake
 def _(points, k, start=0, progress=False, backend=None) -> Tensor:
     return points.new_empty(k, dtype=torch.int64)
 

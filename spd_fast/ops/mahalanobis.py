@@ -14,6 +14,7 @@ from spd_fast import reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    call,
     cuda_backend,
     native,
     native_backend,
@@ -63,13 +64,11 @@ def mahalanobis_map(
     Raises:
         InputError: an argument has the wrong shape or dtype; the message names it.
     """
-    return torch.ops.spd_fast.mahalanobis_map(
-        list(features), channels, mean, factor, threads, backend
-    )
+    arguments = (list(features), channels, mean, factor, threads, backend)
+    return call("mahalanobis_map", _run_map, *arguments)
 
 
-@torch.library.custom_op("spd_fast::mahalanobis_map", mutates_args=())
-def _mahalanobis_map(
+def _run_map(
     features: Sequence[Tensor],
     channels: Tensor,
     mean: Tensor,
@@ -82,7 +81,10 @@ def _mahalanobis_map(
     return chosen.function(features, channels, mean, factor, threads)
 
 
-@_mahalanobis_map.register_fake
+_map_op = torch.library.custom_op("spd_fast::mahalanobis_map", _run_map, mutates_args=())
+
+
+@_map_op.register_fake
 def _(features, channels, mean, factor, threads=0, backend=None) -> Tensor:
     batch, _, height, width = features[0].shape
     return features[0].new_empty(batch, height, width, dtype=torch.float32)
@@ -103,13 +105,11 @@ def gaussian_update(
     Args are as in `mahalanobis_map`; `count` images were folded in before. The result does not
     depend on how the images are cut into batches, but for rounding.
     """
-    torch.ops.spd_fast.gaussian_update(
-        list(features), channels, count, mean, scatter, threads, backend
-    )
+    arguments = (list(features), channels, count, mean, scatter, threads, backend)
+    call("gaussian_update", _run_update, *arguments, mutated=[mean, scatter])
 
 
-@torch.library.custom_op("spd_fast::gaussian_update", mutates_args=("mean", "scatter"))
-def _gaussian_update(
+def _run_update(
     features: Sequence[Tensor],
     channels: Tensor,
     count: int,
@@ -125,7 +125,12 @@ def _gaussian_update(
     chosen.function(features, channels, count, mean, scatter, threads)
 
 
-@_gaussian_update.register_fake
+_update_op = torch.library.custom_op(
+    "spd_fast::gaussian_update", _run_update, mutates_args=("mean", "scatter")
+)
+
+
+@_update_op.register_fake
 def _(features, channels, count, mean, scatter, threads=0, backend=None) -> None:
     return None
 
@@ -147,11 +152,11 @@ def gaussian_factor(
         InputError: fewer than 2 images, or a covariance that is not positive definite (its
             features were constant and the ridge is 0, or they were not finite).
     """
-    torch.ops.spd_fast.gaussian_factor(scatter, d, count, ridge, threads, backend)
+    arguments = (scatter, d, count, ridge, threads, backend)
+    call("gaussian_factor", _run_factor, *arguments, mutated=[scatter])
 
 
-@torch.library.custom_op("spd_fast::gaussian_factor", mutates_args=("scatter",))
-def _gaussian_factor(
+def _run_factor(
     scatter: Tensor,
     d: int,
     count: int,
@@ -170,7 +175,12 @@ def _gaussian_factor(
     chosen.function(scatter, d, count, ridge, threads)
 
 
-@_gaussian_factor.register_fake
+_factor_op = torch.library.custom_op(
+    "spd_fast::gaussian_factor", _run_factor, mutates_args=("scatter",)
+)
+
+
+@_factor_op.register_fake
 def _(scatter, d, count, ridge, threads=0, backend=None) -> None:
     return None
 

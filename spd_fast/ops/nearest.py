@@ -9,6 +9,7 @@ from spd_fast import reference_patchcore as reference
 from spd_fast.errors import InputError
 from spd_fast.ops.backends import (
     OPERATIONS,
+    call,
     native,
     native_backend,
     not_on_cpu,
@@ -66,11 +67,10 @@ def nearest_neighbors(
     Raises:
         InputError: an argument has the wrong shape, dtype or range; the message names it.
     """
-    return torch.ops.spd_fast.nearest_neighbors(queries, *bank, k, threads, backend)
+    return call("nearest_neighbors", _run, queries, *bank, k, threads, backend)
 
 
-@torch.library.custom_op("spd_fast::nearest_neighbors", mutates_args=())
-def _nearest_neighbors(
+def _run(
     queries: Tensor,
     points: Tensor,
     origin: Tensor,
@@ -96,7 +96,10 @@ def _nearest_neighbors(
     return squared.sqrt_(), indices
 
 
-@_nearest_neighbors.register_fake
+_op = torch.library.custom_op("spd_fast::nearest_neighbors", _run, mutates_args=())
+
+
+@_op.register_fake
 def _(queries, points, origin, directions, blocks, moved, k=1, threads=0, backend=None):
     shape = (len(queries), k)
     return queries.new_empty(shape), queries.new_empty(shape, dtype=torch.int64)
