@@ -9,7 +9,7 @@
 
 namespace spd {
 
-// Not initialised: what fills it touches every page anyway. Vectors do not cross cache lines in it.
+// Begins at a cache line. Not initialised: what fills it touches every page anyway.
 template <class T>
 static std::unique_ptr<T, decltype(&free)> new_array(int64_t size) {
     const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
@@ -29,13 +29,14 @@ static std::unique_ptr<T, decltype(&free)> new_array(int64_t size, T value) {
 // the points tells, without its outermost twentieth: of those coordinates are cut off, and bytes
 // are finer for all others. Infinite if numbers of the sample are not finite.
 static std::pair<py::array_t<float>, float> reach_of_bytes(const py::array& points, int sample) {
-    require(points.ndim() == 2 && points.size() > 0 && sample > 0, "points must be 2-D, some");
+    require(points.ndim() == 2 && points.size() > 0 && sample > 0,
+            "points must be 2-D and not empty, sample at least 1");
     const int64_t d = points.shape(1), step = (points.shape(0) + sample - 1) / sample;
     const int64_t count = (points.shape(0) + step - 1) / step;
     const float* first = data_of<float>(points, "points", {points.shape(0), d});
     py::array_t<float> origin(d);
     float* mean = origin.mutable_data();
-    std::vector<float> sizes(count);  // largest coordinates, once there is an origin
+    std::vector<float> sizes(count, 0.f);  // largest coordinates, once there is an origin
 
     const auto move_origin = [&](float limit) {  // to the mean of those that are not larger
         std::fill_n(mean, d, 0.f);
@@ -60,7 +61,7 @@ static std::pair<py::array_t<float>, float> reach_of_bytes(const py::array& poin
         return finite ? size : INFINITY;
     };
 
-    move_origin(0);
+    move_origin(0);  // of all
     for (int64_t i = 0; i < count; ++i) sizes[i] = size_of(i);
     std::vector<float> ordered = sizes;
     const auto last = ordered.begin() + (95 * count + 99) / 100 - 1;
@@ -99,7 +100,7 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     const auto distances = new_array<float>(groups * kcenter_group);
     const auto peaks = new_array<float>(groups);
     const auto seen = new_array<int32_t>(state.n), in_bytes = new_array<int32_t>(state.n);
-    const auto nearest = new_array<int32_t>(state.n + 2);
+    const auto near_pick = new_array<int32_t>(state.n + 2);
     const auto point_bytes = new_array<uint8_t>(state.n * state.bytes);
     const auto infos = new_array<ByteInfo>(state.n);
     const auto pick_bytes = new_array<int8_t>(room * state.bytes, 0);
@@ -111,7 +112,7 @@ static int64_t greedy_kcenter(const py::array& points, const py::array& origin, 
     state.peaks = peaks.get();
     state.seen = seen.get();
     state.in_bytes = in_bytes.get();
-    state.nearest = nearest.get() + 1;
+    state.near_pick = near_pick.get() + 1;
     state.point_bytes = point_bytes.get();
     state.infos = infos.get();
     state.pick_bytes = pick_bytes.get();

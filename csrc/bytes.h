@@ -35,14 +35,14 @@ static inline void store_bytes(uint8_t* to, Ints integers) {
 // than too small: the margins cover the rounding of up to 65,536 terms.
 static inline ByteInfo to_bytes(const float* x, const float* origin, float scale, int d,
                                 uint8_t* bytes) {
-    // 1.5 * 2^23: adding it rounds to whole numbers, which are then what its bits are larger by.
+    // 1.5 * 2^23: a sum with it is rounded to a whole number, by which its bits are larger.
     constexpr float shift = 12582912;
+    const Floats most = Floats{} + largest_byte;
     Floats left_over = {};
     Ints square = {};
     for (int c = 0; c < d; c += lanes) {
         const Floats place = (load_first(x + c, d - c) - load_first(origin + c, d - c)) * scale;
-        const Floats end = Floats{} + largest_byte;
-        const Floats shifted = larger(smaller(place, end), -end) + shift;
+        const Floats shifted = larger(smaller(place, most), -most) + shift;
         const Ints integers = (Ints)shifted - int32_t(bits_of(shift));
         const Floats rest = place - (shifted - shift);
         left_over = multiply_add(rest, rest, left_over);

@@ -43,7 +43,7 @@ void add_pick(KCenter& state, int64_t point) {
         square += (bytes[c] - made_positive) * (bytes[c] - made_positive);
     state.pick_first_squares[number] = square;
     state.distances[point] = -1;
-    state.nearest[point] = int32_t(number);
+    state.near_pick[point] = int32_t(number);
 }
 
 // GCC leaves out calls of a function that only fetches: it has to be inlined.
@@ -130,7 +130,7 @@ float likely_limit(const KCenter& state, size_t point, float limit) {
 // Lowers a point's bound by a pick: to what `square`, their squared distance in integers, tells, or
 // where there are many to their distance.
 void bring_nearer(KCenter& state, size_t point, int64_t number, float square) {
-    state.nearest[point] = int32_t(number);
+    state.near_pick[point] = int32_t(number);
     float& distance = state.distances[point];
     if (state.done < many_picks) {
         // 1e-16 covers what of an error underflowed when it was squared; for the rest see
@@ -169,7 +169,7 @@ int beyond_the_neighbours(KCenter& state, float limit, int32_t* points, int coun
         const int64_t point = points[i];
         bool within = false;
         for (int side = -1; side <= 1 && !within; side += 2) {
-            const int32_t number = state.nearest[point + side];
+            const int32_t number = state.near_pick[point + side];
             if (number >= state.in_bytes[point])
                 within = brings_within(state, limit, point, number);
         }
@@ -260,8 +260,9 @@ void compare(KCenter& state, size_t point, float limit) {
     const ByteInfo info = state.infos[point];
     float smallest = state.distances[point];
     int64_t seen = state.seen[point];
-    if (smallest > limit) {  // by bytes, mostly; the same distance may already be enough
-        const float* pick = state.points + state.picks[state.nearest[point]] * state.d;
+    // Bytes told that a pick is near: the distance to it may be enough. Later it is known already.
+    if (smallest > limit && state.done < many_picks) {
+        const float* pick = state.points + state.picks[state.near_pick[point]] * state.d;
         smallest = min2(smallest, dist2(own, pick, state.d, smallest));
         ++state.evaluations;
     }
@@ -283,7 +284,7 @@ void compare(KCenter& state, size_t point, float limit) {
             bits &= ~(1u << place);
             if (distance >= smallest) continue;
             smallest = distance;
-            state.nearest[point] = int32_t(first + place);
+            state.near_pick[point] = int32_t(first + place);
             bits = candidates(squares, errors, info.error, distance, state.scale, bits);
         }
     }
@@ -335,7 +336,7 @@ bool kcenter_begin(KCenter& state, float largest) {
     }
     for (int64_t i = 0; i < state.n; i += kcenter_group) state.peaks[i / kcenter_group] = INFINITY;
     for (int64_t i = state.n; i % kcenter_group; ++i) state.distances[i] = -1;  // as if picked
-    for (int64_t i = -1; i <= state.n; ++i) state.nearest[i] = 0;
+    for (int64_t i = -1; i <= state.n; ++i) state.near_pick[i] = 0;
     state.evaluations = state.n - 1;
     add_pick(state, start);
     return true;

@@ -34,7 +34,9 @@ struct KCenter {
     float* distances;  // with room for whole groups
     int32_t* seen;
     int32_t* in_bytes;
-    int32_t* nearest;      // a pick that is near: the last one found so; one more on either side
+    // A pick that is near, not always the nearest, and the start before any other. Points -1 and n
+    // have one, too.
+    int32_t* near_pick;
     uint8_t* point_bytes;  // times bytes
     ByteInfo* infos;
     float radius;  // of the last pick, squared: no distance is larger

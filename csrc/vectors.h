@@ -50,7 +50,8 @@ static inline Floats load_first(const float* p, int count) {
 
 static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 
-// Of each place. Of a comparison GCC makes one instruction only where neither NaN nor -0 counts.
+// Of each place; b where one is NaN. Of a comparison GCC makes one instruction only where neither
+// NaN nor -0 counts.
 static inline Floats smaller(Floats a, Floats b) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
@@ -78,7 +79,7 @@ static inline Floats larger(Floats a, Floats b) {
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
+#elif defined(__AVX2__) && defined(__FMA__)
     return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
     return a * b + c;

@@ -178,10 +178,10 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1.1e15, -1.1e15])
-@pytest.mark.parametrize("place", [(1, 0), (2999, 30), (1500, 32)])
+@pytest.mark.parametrize("place", [(0, 0), (1, 0), (2999, 30), (30 * SAMPLE, 32)])
 def test_a_bad_value_anywhere_is_found(value, place):
-    """Where the sample that tells how far bytes have to reach does not see it, too."""
-    points = torch.randn(3000, 33)
+    """Where the sample that tells how far bytes have to reach sees it, and where it does not."""
+    points = torch.randn(60 * SAMPLE, 33)  # every 60th is of the sample
     points[place] = value
     for backend in ("native", "reference"):
         with pytest.raises(InputError, match=r"points must be finite and at most 1e\+15 in size"):
@@ -269,7 +269,9 @@ def test_the_reach_is_that_of_the_inner_points(count):
 def test_tiny_points_between_huge_ones(size):
     """The bytes of all others are zero, and what is left over underflows when it is squared."""
     points = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * size
-    points[:20:2], points[1:20:2] = 1e15, -1e15
+    points[:20] = torch.tensor([1e15, 1e15, -1e15, -1e15]).repeat(5)[:, None]
+    origin, reach = native.reach_of_bytes(points.numpy(), SAMPLE)  # of every other point
+    assert np.abs(origin).max() < 1 and reach == pytest.approx(1e15)
     native_picks, plain = (
         greedy_kcenter(points, 60, 25, backend=b) for b in ("native", "reference")
     )
