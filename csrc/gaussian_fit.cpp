@@ -269,7 +269,7 @@ bool update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const size_t stride = 8 * size_t(panels(f.d));
-    const int rows = (f.batch + half - 1) / half * half + 1;
+    const int rows = (f.batch + quad - 1) / quad * quad + 1;
     const size_t position_stride = rows * stride + 16;
     Pieces pieces = scratch.reserve(block * position_stride + stride + 2 * 16);
     if (!pieces.next) return false;
@@ -278,9 +278,9 @@ bool update_positions(const GaussianUpdateArgs& args, int64_t begin, int64_t end
     memset(x, 0, block * position_stride * sizeof(float));
     for (int64_t p0 = begin; p0 < end; p0 += block) {
         const int count = int(min2<int64_t>(block, end - p0));
-        gather<half, block>(f, p0, count, -1, [&](int g, int k, int j, const float* values) {
-            float* d = x + j * position_stride + g * half * stride + k;
-            for (int b = 0; b < half; ++b) d[b * stride] = values[b];
+        gather<block>(f, p0, count, -1, [&](int q, int k, int j, const float* values) {
+            float* d = x + j * position_stride + q * quad * stride + k;
+            for (int b = 0; b < quad; ++b) d[b * stride] = values[b];
         });
         for (int64_t p = p0; p < p0 + count; ++p) {
             float* images = x + (p - p0) * position_stride;

@@ -8,8 +8,6 @@ namespace spd {
 namespace SPD_ISA {
 namespace {
 
-constexpr int quad = 4;  // images that share what is loaded of the factor
-
 // From this number on a panel lasts long enough for the next ones to come from memory. While
 // shorter ones are multiplied, what lies `ahead` is asked for, in elements: it is time that counts,
 // and that takes about as long in every precision. Where the two meet, neither asks for some lines;
@@ -106,23 +104,26 @@ void squared_norms(const T* factor, int panel_count, const float* x, size_t quad
 }
 
 // One image is scored at the two positions of a column of a tile at a time, which lie `apart` in
-// the factor and `x_apart` in x: a processor reads two long streams faster than one. What is
-// narrower than a float takes more instructions a byte, so that fewer bytes are on their way at
-// once; there a KiB ahead is asked for, not so much as to get in the way of what the processor
-// foresees.
-template <class T>
-void squared_norm(const T* factor, size_t apart, int panel_count, const float* x, size_t x_apart,
-                  float* out) {
-    constexpr int ahead = 1024 / sizeof(T), line = 64 / sizeof(T);
+// the factor and `x_apart` in x: a processor reads two long streams faster than one. It foresees
+// them; but what is narrower than a float takes more instructions a byte, so that fewer bytes are
+// on their way at once, and is asked for too, half a KiB early. The first `asked` panels are asked
+// for far ahead, into the second cache. Calls between(r) before panel r.
+template <class T, class Between>
+void squared_norm(const T* factor, size_t apart, int panel_count, int asked, const float* x,
+                  size_t x_apart, float* out, const Between& between) {
+    constexpr int line = 64 / sizeof(T), early = 512 / sizeof(T);
     Rows total[tile_rows] = {};
     for (int r = 0; r < panel_count; ++r) {
+        between(r);
         const T* panel = panel_of(factor, r);
         Rows y[tile_rows][2] = {};  // two partial sums hide the latency of the add
         for (int k = 0; k < 8 * (r + 1); k += 8)
             for (int s = 0; s < tile_rows; ++s) {
                 const T* columns = panel + s * apart + 8 * k;
-                for (int i = 0; i < 64 && sizeof(T) < 4; i += line)
-                    __builtin_prefetch(columns + ahead + i);
+                for (int i = 0; i < 64; i += line) {
+                    if (r < asked) __builtin_prefetch(columns + ahead + i, 0, 2);
+                    if (sizeof(T) < 4) __builtin_prefetch(columns + early + i);
+                }
                 for (int i = 0; i < 8; ++i)
                     y[s][i % 2] += load_rows(columns + 8 * i) * x[s * x_apart + k + i];
             }
@@ -135,56 +136,97 @@ void squared_norm(const T* factor, size_t apart, int panel_count, const float* x
     for (int s = 0; s < tile_rows; ++s) out[s] = sum_of(total[s]);
 }
 
-template <int group>
-using Images __attribute__((vector_size(4 * group))) = float;
-
-// delta = x - mean for channels of `group` images each.
-template <int group>
-inline void subtract_mean(const float* __restrict x, const float* __restrict mean, int d,
-                          float* __restrict delta) {
-    if constexpr (group == 1) {  // the compiler takes a vector of channels
-        for (int k = 0; k < d; ++k) delta[k] = x[k] - mean[k];
-    } else {
-        for (int k = 0; k < d; ++k) {
-            Images<group> v;
-            memcpy(&v, x + k * group, sizeof v);
-            v -= mean[k];
-            memcpy(delta + k * group, &v, sizeof v);
+// While a column of the tile is scored, x - mean of the next is taken from the layers, for the
+// factor to be read without a pause: a few channels between panels. Short panels, and with planar
+// layers all, are then asked for, as reads elsewhere keep the processor from foreseeing them. Of
+// floats with channels last it foresees more than asking brings, if the channels come at once.
+template <class T>
+bool score_single(const MahalanobisArgs& args, const T* factor, int first_row, int first_column) {
+    static thread_local Scratch scratch;
+    const Features& f = args.features;
+    const int64_t width = f.grid_width;
+    const int rows = min2(tile_rows, f.grid_height - first_row);
+    const int last_row = first_row + rows - 1;  // a row alone is scored twice, but read once
+    const int end = min2(first_column + tile_columns, f.grid_width), panel_count = panels(f.d);
+    const size_t factor_size = sizeof(T) == 1 ? quantized_size(f.d) : packed_size(f.d);
+    const size_t stride = 8 * size_t(panel_count) + 16, column_size = tile_rows * stride;
+    Pieces pieces = scratch.reserve(2 * column_size);
+    if (!pieces.next) return false;
+    float* delta = pieces.take(2 * column_size);
+    memset(delta, 0, 2 * column_size * sizeof(float));  // rows past d
+    const int asked = !channels_are_last(f) ? panel_count : sizeof(T) < 4 ? long_panel : 0;
+    const auto take = [&](int column, int k, int channels_end) {
+        float *upper = delta + column % 2 * column_size, *lower = upper + stride;
+        const float* upper_mean = args.mean + (first_row * width + column) * f.d;
+        const float* lower_mean = args.mean + (last_row * width + column) * f.d;
+        while (k < channels_end) {
+            const Layer& layer = f.layers[f.layer[k]];
+            const float* upper_x = layer.data + layer.row[first_row] + layer.column[column];
+            const float* lower_x = layer.data + layer.row[last_row] + layer.column[column];
+            for (const int stop = min2(f.end[k], channels_end); k < stop; ++k) {
+                upper[k] = upper_x[f.channel[k]] - upper_mean[k];
+                lower[k] = lower_x[f.channel[k]] - lower_mean[k];
+            }
         }
+    };
+    take(first_column, 0, f.d);
+    for (int column = first_column; column < end; ++column) {
+        const int64_t p = first_row * width + column;
+        float squared[tile_rows];
+        squared_norm(factor + p * factor_size, (rows - 1) * width * factor_size, panel_count, asked,
+                     delta + column % 2 * column_size, stride, squared, [&](int r) {
+                         if (column + 1 == end) return;
+                         if (asked > 0)
+                             take(column + 1, 8 * r, min2(8 * r + 8, f.d));
+                         else if (r == 0)
+                             take(column + 1, 0, f.d);
+                     });
+        for (int row = 0; row < rows; ++row) args.out[p + row * width] = sqrtf(squared[row]);
+    }
+    return true;
+}
+
+typedef float Quad __attribute__((vector_size(4 * quad)));
+
+// delta = x - mean for the channels of a quad of images.
+inline void subtract_mean(const float* x, const float* mean, int d, float* delta) {
+    for (int k = 0; k < d; ++k) {
+        Quad v;
+        memcpy(&v, x + k * quad, sizeof v);
+        v -= mean[k];
+        memcpy(delta + k * quad, &v, sizeof v);
     }
 }
 
-// For `group` images at a time, 1 or a quad, gathering from `block` positions of a row at a time.
-template <int group, int block, class T>
-bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int first_column) {
+// A quad of images at a time, gathering from `block` positions of a row at a time.
+template <int block, class T>
+bool score_quads(const MahalanobisArgs& args, const T* factor, int first_row, int first_column) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const int64_t width = f.grid_width, positions = f.grid_height * width;
     const int rows = min2(tile_rows, f.grid_height - first_row);
     const int end = min2(first_column + tile_columns, f.grid_width);
-    const int panel_count = panels(f.d), groups = (f.batch + group - 1) / group;
-    const size_t images = size_t(groups) * group, group_size = 8 * size_t(panel_count) * group;
+    const int panel_count = panels(f.d), quads = (f.batch + quad - 1) / quad;
+    const size_t quad_size = 8 * size_t(panel_count) * quad;
     const size_t factor_size = sizeof(T) == 1 ? quantized_size(f.d) : packed_size(f.d);
     // 16 floats more between positions: a power-of-two stride would fall into one cache set.
-    const size_t stride = groups * group_size + 16;
+    const size_t stride = quads * quad_size + 16;
     // One position at a time goes to one place, where values may stand for the next.
     constexpr int blocks = block > 1 ? tile_rows : 1;
-    Pieces pieces = scratch.reserve((blocks * block + tile_rows) * stride + 8 * images +
-                                    max2<size_t>(images, tile_rows) + 4 * 16);
+    Pieces pieces =
+        scratch.reserve((blocks * block + tile_rows) * stride + 9 * quad * quads + 4 * 16);
     if (!pieces.next) return false;
     float* x = pieces.take(blocks * block * stride);
     float* delta = pieces.take(tile_rows * stride);
-    Rows* total = reinterpret_cast<Rows*>(pieces.take(8 * images));
-    float* squared = pieces.take(max2<size_t>(images, tile_rows));
+    Rows* total = reinterpret_cast<Rows*>(pieces.take(8 * quad * quads));
+    float* squared = pieces.take(quad * quads);
     memset(delta, 0, tile_rows * stride * sizeof(float));  // rows past d
     const auto subtract = [&](const float* from, int64_t p, int row) {
         const float* mean = args.mean + p * f.d;
         // The beginning of the next position's mean, which the processor does not foresee.
-        for (int k = 0; k < min2(f.d, 128) && group > 1; k += 16)
-            __builtin_prefetch(mean + f.d + k, 0, 2);
-        for (int g = 0; g < groups; ++g)
-            subtract_mean<group>(from + g * group_size, mean, f.d,
-                                 delta + row * stride + g * group_size);
+        for (int k = 0; k < min2(f.d, 128); k += 16) __builtin_prefetch(mean + f.d + k, 0, 2);
+        for (int q = 0; q < quads; ++q)
+            subtract_mean(from + q * quad_size, mean, f.d, delta + row * stride + q * quad_size);
     };
     int64_t before = -1;
     for (int column = first_column; column < end; column += block) {
@@ -193,26 +235,21 @@ bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int
         for (int row = 0; row < rows; ++row) {
             const int64_t p = first + row * width;
             float* to = x + row % blocks * block * stride;
-            gather<group, block>(f, p, count, before, [&](int g, int k, int j, const float* v) {
+            gather<block>(f, p, count, before, [&](int q, int k, int j, const float* v) {
                 // One store of them all: a load could not be served from four small ones.
-                memcpy(to + j * stride + g * group_size + k * group, v, 4 * group);
+                memcpy(to + j * stride + q * quad_size + k * quad, v, 4 * quad);
             });
             before = p;
             if (block == 1) subtract(to, p, row);
         }
-        for (int64_t p = first; p < first + count; ++p) {
+        for (int j = 0; j < count; ++j) {
             for (int row = 0; row < rows && block > 1; ++row)
-                subtract(x + (row * block + p - first) * stride, p + row * width, row);
-            if (group == 1)  // a single row is scored twice, which reads no more memory
-                squared_norm(factor + p * factor_size, (rows - 1) * width * factor_size,
-                             panel_count, delta, (rows - 1) * stride, squared);
+                subtract(x + (row * block + j) * stride, first + row * width + j, row);
             for (int row = 0; row < rows; ++row) {
-                const int64_t here = p + row * width;
-                if (group > 1)
-                    squared_norms(factor + here * factor_size, panel_count, delta + row * stride,
-                                  group_size, groups, total, squared);
-                for (int b = 0; b < f.batch; ++b)
-                    args.out[b * positions + here] = sqrtf(squared[group > 1 ? b : row]);
+                const int64_t p = first + row * width + j;
+                squared_norms(factor + p * factor_size, panel_count, delta + row * stride,
+                              quad_size, quads, total, squared);
+                for (int b = 0; b < f.batch; ++b) args.out[b * positions + p] = sqrtf(squared[b]);
             }
         }
     }
@@ -222,11 +259,9 @@ bool score_tile(const MahalanobisArgs& args, const T* factor, int first_row, int
 template <class T>
 bool score_tiles(const MahalanobisArgs& args, int64_t begin, int64_t end) {
     const Features& f = args.features;
-    const bool single = f.batch == 1;
-    const auto score =
-        channels_are_last(f)
-            ? (single ? score_tile<1, 1, T> : score_tile<quad, 1, T>)
-            : (single ? score_tile<1, planar_positions, T> : score_tile<quad, planar_positions, T>);
+    const auto score = f.batch == 1           ? score_single<T>
+                       : channels_are_last(f) ? score_quads<1, T>
+                                              : score_quads<planar_positions, T>;
     const int across = tiles_across(f);
     for (int64_t t = begin; t < end; ++t)
         if (!score(args, static_cast<const T*>(args.factor), int(t / across) * tile_rows,

@@ -113,12 +113,15 @@ constexpr int planar_positions = 16;
 
 static inline bool channels_are_last(const Features& f) { return f.layers[0].stride[1] == 1; }
 
-// Calls put(g, k, j, values) with channel k at position begin + j of the `group` images from number
-// g * group on; past the last image its values stand again. count <= block. With one position at a
-// time, a layer is left out where position `before` (or -1) read the same cell of it: what was put
-// then still stands. And the cell that the row reads next is asked for, spread over the positions
-// that share the one before, as the images lie too far apart for the processor to foresee it.
-template <int group, int block, class Put>
+// Images that are gathered, and scored, together.
+constexpr int quad = 4;
+
+// Calls put(q, k, j, values) with channel k at position begin + j of the images from number 4 q on;
+// past the last image its values stand again. count <= block. With one position at a time, a layer
+// is left out where position `before` (or -1) read the same cell of it: what was put then still
+// stands. And the cell that the row reads next is asked for, spread over the positions that share
+// the one before, as the images lie too far apart for the processor to foresee it.
+template <int block, class Put>
 static inline void gather(const Features& f, int64_t begin, int count, int64_t before,
                           const Put& put) {
     constexpr bool by_cells = block == 1;
@@ -142,18 +145,18 @@ static inline void gather(const Features& f, int64_t begin, int count, int64_t b
             by_cells && layer.stride[1] == 1 && u + layer.cell < f.grid_width && !asked;
         const int64_t next = asks ? layer.row[y] + layer.column[u + layer.cell] : 0;
         const int part = u % layer.cell;
-        for (int g = 0; g * group < f.batch; ++g) {
-            const float* s[group];
-            for (int b = 0; b < group; ++b)
-                s[b] = layer.data + min2(g * group + b, f.batch - 1) * layer.stride[0];
+        for (int q = 0; q * quad < f.batch; ++q) {
+            const float* s[quad];
+            for (int b = 0; b < quad; ++b)
+                s[b] = layer.data + min2(q * quad + b, f.batch - 1) * layer.stride[0];
             for (int i = k; i < end && !left_out; ++i)
                 for (int j = 0; j < count; ++j) {
-                    float values[group];
-                    for (int b = 0; b < group; ++b) values[b] = s[b][f.channel[i] + place[j]];
-                    put(g, i, j, values);
+                    float values[quad];
+                    for (int b = 0; b < quad; ++b) values[b] = s[b][f.channel[i] + place[j]];
+                    put(q, i, j, values);
                 }
             constexpr int line = 16;
-            for (int b = 0; b < min2(group, f.batch - g * group) && asks; ++b)
+            for (int b = 0; b < min2(quad, f.batch - q * quad) && asks; ++b)
                 for (int64_t c = f.channel[k] + line * part; c <= f.channel[end - 1];
                      c += line * layer.cell)
                     __builtin_prefetch(s[b] + next + c, 0, 2);
