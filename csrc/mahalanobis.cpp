@@ -8,7 +8,8 @@ namespace spd {
 namespace SPD_ISA {
 namespace {
 
-// From this number on a panel lasts long enough for the next ones to come from memory. While
+// From this number on a panel lasts long enough for the next ones to come from memory, those of a
+// batch because they are asked for, those of one image because the processor foresees them. While
 // shorter ones are multiplied, what lies `ahead` is asked for, in elements: it is time that counts,
 // and that takes about as long in every precision. Where the two meet, neither asks for some lines;
 // to ask for them too gained nothing.
@@ -138,23 +139,25 @@ void squared_norm(const T* factor, size_t apart, int panel_count, int asked, con
 
 // While a column of the tile is scored, x - mean of the next is taken from the layers, for the
 // factor to be read without a pause: a few channels between panels. Short panels, and with planar
-// layers all, are then asked for, as reads elsewhere keep the processor from foreseeing them. Of
-// floats with channels last it foresees more than asking brings, if the channels come at once.
+// layers all, are then asked for, as reads elsewhere keep the processor from foreseeing them. Of a
+// float32 factor, with channels last, it foresees more than asking brings, if the channels come at
+// once.
 template <class T>
 bool score_single(const MahalanobisArgs& args, const T* factor, int first_row, int first_column) {
     static thread_local Scratch scratch;
     const Features& f = args.features;
     const int64_t width = f.grid_width;
     const int rows = min2(tile_rows, f.grid_height - first_row);
-    const int last_row = first_row + rows - 1;  // a row alone is scored twice, but read once
+    const int last_row = first_row + rows - 1;  // scored twice if alone: memory is read once
     const int end = min2(first_column + tile_columns, f.grid_width), panel_count = panels(f.d);
     const size_t factor_size = sizeof(T) == 1 ? quantized_size(f.d) : packed_size(f.d);
-    const size_t stride = 8 * size_t(panel_count) + 16, column_size = tile_rows * stride;
+    const size_t stride = 8 * size_t(panel_count), column_size = tile_rows * stride;
     Pieces pieces = scratch.reserve(2 * column_size);
     if (!pieces.next) return false;
     float* delta = pieces.take(2 * column_size);
     memset(delta, 0, 2 * column_size * sizeof(float));  // rows past d
     const int asked = !channels_are_last(f) ? panel_count : sizeof(T) < 4 ? long_panel : 0;
+    const int at_a_time = asked > 0 ? 8 : f.d;
     const auto take = [&](int column, int k, int channels_end) {
         float *upper = delta + column % 2 * column_size, *lower = upper + stride;
         const float* upper_mean = args.mean + (first_row * width + column) * f.d;
@@ -175,11 +178,8 @@ bool score_single(const MahalanobisArgs& args, const T* factor, int first_row, i
         float squared[tile_rows];
         squared_norm(factor + p * factor_size, (rows - 1) * width * factor_size, panel_count, asked,
                      delta + column % 2 * column_size, stride, squared, [&](int r) {
-                         if (column + 1 == end) return;
-                         if (asked > 0)
-                             take(column + 1, 8 * r, min2(8 * r + 8, f.d));
-                         else if (r == 0)
-                             take(column + 1, 0, f.d);
+                         if (column + 1 < end)
+                             take(column + 1, at_a_time * r, min2(at_a_time * (r + 1), f.d));
                      });
         for (int row = 0; row < rows; ++row) args.out[p + row * width] = sqrtf(squared[row]);
     }

@@ -107,16 +107,16 @@ constexpr int64_t all_positive = -1, no_memory = -2;
     int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end); \
     }
 
-// Reading along positions is contiguous in planar feature maps, so several come at a time; with
-// channels last each position is contiguous for itself.
+// Reading along positions is contiguous in planar feature maps: so many come at a time, unless there
+// is a single image. With channels last each position is contiguous for itself.
 constexpr int planar_positions = 16;
 
 static inline bool channels_are_last(const Features& f) { return f.layers[0].stride[1] == 1; }
 
-// Images that are gathered, and scored, together.
+// Images that are gathered together, and share what is loaded of the factor.
 constexpr int quad = 4;
 
-// Calls put(q, k, j, values) with channel k at position begin + j of the images from number 4 q on;
+// Calls put(q, k, j, values) with channel k at position begin + j of images quad * q and following;
 // past the last image its values stand again. count <= block. With one position at a time, a layer
 // is left out where position `before` (or -1) read the same cell of it: what was put then still
 // stands. And the cell that the row reads next is asked for, spread over the positions that share

@@ -130,9 +130,10 @@ def test_native_map_equals_reference(name, dtype):
     allowed = 2 * (plain - exact).abs().max() + 1e-5
     assert native.dtype == torch.float32
     assert (native - exact).abs().max() <= allowed
-    single = [f[:1] for f in features]  # has a kernel of its own
-    native = mahalanobis_map(single, channels, mean, factor, backend="native")
-    assert (native - exact[:1]).abs().max() <= allowed
+    for order in (torch.contiguous_format, torch.channels_last):
+        single = [f[:1].contiguous(memory_format=order) for f in features]  # has its own kernel
+        native = mahalanobis_map(single, channels, mean, factor, backend="native")
+        assert (native - exact[:1]).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("name", GAUSSIAN_CASES)
@@ -166,18 +167,36 @@ def test_int8_of_empty_huge_and_broken_rows():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize("d", [1, 7, 8, 9, 25, 150])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 2)])
-def test_nothing_beside_the_factor_is_read(shape, d, dtype):
+def test_nothing_beside_the_arguments_is_read(shape, d, dtype):
     positions = shape[0] * shape[1]
     channels, (mean, factor) = torch.arange(d), random_gaussians(positions, d)
-    factor, features = converted(factor, d, dtype), [torch.randn(5, d, *shape)]
-    pages = guarded_pages(-(-factor.nbytes // mmap.PAGESIZE))
+    factor, features = converted(factor, d, dtype), torch.randn(5, d, *shape)
+
+    def guarded(tensor, at_end):
+        pages = guarded_pages(-(-tensor.nbytes // mmap.PAGESIZE))
+        place = pages[-tensor.nbytes :] if at_end else pages[: tensor.nbytes]
+        return place.view(tensor.dtype).view_as(tensor).copy_(tensor)
+
     for batch in (1, 5):
-        images = [f[:batch] for f in features]
-        expected = mahalanobis_map(images, channels, mean, factor)
-        for place in (pages[: factor.nbytes], pages[-factor.nbytes :]):
-            guarded = place.view(dtype).view(positions, -1).copy_(factor)
-            found = mahalanobis_map(images, channels, mean, guarded, backend="native")
-            assert torch.equal(found, expected)
+        arguments = features[:batch], mean, factor
+        expected = mahalanobis_map([features[:batch]], channels, mean, factor)
+        for at_end in (False, True):
+            x, m, w = (guarded(tensor, at_end) for tensor in arguments)
+            assert torch.equal(mahalanobis_map([x], channels, m, w, backend="native"), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_nothing_is_left_over_from_the_call_before(batch, order, dtype):
+    """A thread keeps its memory, and the rows past d of the factor are zero: times NaN they are
+    NaN."""
+    images = torch.randn(batch, 16, 2, 3).contiguous(memory_format=order)
+    for d, x in (16, images * torch.nan), (9, images):
+        mean, factor = random_gaussians(6, d)
+        factor = converted(factor, d, dtype)
+        found = mahalanobis_map([x], torch.arange(d), mean, factor, threads=1, backend="native")
+    assert found.isfinite().all()
 
 
 def test_int8_map_stays_within_a_percent_on_correlated_features():
