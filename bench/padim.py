@@ -9,8 +9,9 @@ process, except where memory is measured: there every contender is a process of 
 
 Ours starts from the three layers of the network and gathers its channels; anomalib is given its
 embedding, which it has to concatenate and select first. "of read" and "of flops" are shares of what
-loops reach that only read memory or only multiply and add, in turn with ours. What has to be read
-is the factor, the mean and the layers, where the kept channels leave out hardly a cache line.
+loops reach that only read memory or only multiply and add, in turn with ours; "GB/s" is what the
+former reached meanwhile. What has to be read is the factor, the mean and the layers, where the kept
+channels leave out hardly a cache line.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def table_of_scores(d: int, batches: list[int]) -> None:
     generator = AnomalyMapGenerator()
     print(f"\nd = {d}, {GRID} x {GRID} positions")
     print(f"{'':<20}{'anomalib ms':>12}{'ours ms':>9}{'ratio':>7}{'of read':>9}", end="")
-    print(f"{'of flops':>9}{'difference':>12}")
+    print(f"{'GB/s':>6}{'of flops':>10}{'difference':>12}")
     bandwidths, peaks = [], []
     for batch in batches:
         layers = random_layers(d, batch, seed=1)
@@ -102,13 +103,15 @@ def table_of_scores(d: int, batches: list[int]) -> None:
         for name, w in factors.items():
             needed = sum(t.nbytes for t in (w, mean, *layers))
             read, speeds = share(jobs[name], needed, reading(torch.get_num_threads()))
+            bandwidth = statistics.median(speeds) / 1e9
             bandwidths += speeds
             operations = 2 * factor.numel() * batch
             flops, speeds = share(jobs[name], operations, multiplying(torch.get_num_threads()))
             peaks += speeds
             print(
                 f"batch {batch:<3}{name:<11}{1e3 * theirs:>12.1f}{1e3 * times[name]:>9.1f}"
-                f"{theirs / times[name]:>7.1f}{read:>9.0%}{flops:>9.0%}{differences[name]:>12.0e}"
+                f"{theirs / times[name]:>7.1f}{read:>9.0%}{bandwidth:>6.0f}{flops:>10.0%}"
+                f"{differences[name]:>12.0e}"
             )
     if d == 100:  # more is mostly reading, even for a grid of 4 x 4
         few = random_layers(d, 1, grid=4)
