@@ -25,21 +25,23 @@ gpu: $(BIN)/.installed-test $(BIN)/.installed-bench
 	    -q -m cuda -k "(test_distances or test_views) and not 2_to_the_31" || exit 1; done; fi
 	$(BIN)/python bench/gpu.py --write
 
-lint:
+lint: $(BIN)/python
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/cuda/* bench/*.c
 
-format:
+format: $(BIN)/python
 	$(BIN)/pip install -q ruff==0.17.* clang-format==23.*
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) tests/cuda/* bench/*.c
 
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
 # The extras `demo` and `test` are installed apart: the tests need much more.
-$(BIN)/.installed-%: pyproject.toml CMakeLists.txt $(SOURCES)
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+$(BIN)/.installed-%: pyproject.toml CMakeLists.txt $(SOURCES) | $(BIN)/python
 	@echo "Installing spd-fast and what '$*' needs; torch is a large download."
 	$(BIN)/pip install -e '.[$*]' $(INSTALL_FLAGS)
 	touch $@

@@ -107,8 +107,8 @@ constexpr int64_t all_positive = -1, no_memory = -2;
     int64_t gaussian_factor(const GaussianFactorArgs& args, int64_t begin, int64_t end); \
     }
 
-// Reading along positions is contiguous in planar feature maps: so many come at a time, unless there
-// is a single image. With channels last each position is contiguous for itself.
+// Reading along positions is contiguous in planar feature maps: so many come at a time, but of a
+// single image. With channels last each position is contiguous for itself.
 constexpr int planar_positions = 16;
 
 static inline bool channels_are_last(const Features& f) { return f.layers[0].stride[1] == 1; }
